@@ -1,0 +1,254 @@
+"""Bundles: everything that turns a window into a vector, as one folder with one id.
+
+    manifest.json  graphs/*.onnx + graphs/weights.bin  tokenizer.json  schema.yaml
+    arrays.safetensors   and, outside the id: provenance.json, README.md (model card), model/
+
+The id is the first 12 hex digits of a SHA-256 over the sorted (name, file hash) pairs, the
+manifest's own taken without the id. No clock, host or path is in it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, field_serializer, field_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from llm4es.errors import BundleMismatch
+from llm4es.rendering import Renderer, RenderingSpec
+from llm4es.schema import EventSchema, FrozenModel, first_problem, load_schema
+from llm4es.tokens import ChapterTokenizer, load_tokenizer
+from llm4es.windows import WindowPolicy
+
+__all__ = [
+    "FORMAT",
+    "Bundle",
+    "Compute",
+    "Manifest",
+    "Pooling",
+    "SurpriseSpec",
+    "Training",
+    "hash_files",
+    "load_bundle",
+    "scale_name",
+    "seal_bundle",
+]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FULL_GRAPH = "graphs/full.onnx"
+TOKENIZER = "tokenizer.json"
+SCHEMA = "schema.yaml"
+ARRAYS = "arrays.safetensors"
+_ID_DIGITS = 12
+_BLOCK = 1 << 20
+_REMEDY = "export the bundle again, or copy it whole"
+
+
+class Pooling(FrozenModel):
+    """How a token's hidden states become the vector.
+
+    `layers` index the hidden states: 0 is the token embedding, the last is post-norm. `scales`
+    are half-lives in events; infinity, written "inf", is the paper's plain mean.
+    """
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    combine: Literal["average", "side_by_side"] = "side_by_side"
+    normalise: Literal["none", "rms"] = "rms"
+    scales: tuple[float, ...] = Field(min_length=1)
+
+    @field_validator("scales")
+    @classmethod
+    def _half_lives(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not scale > 0 for scale in scales) or len(set(scales)) != len(scales):
+            msg = "scales are distinct half-lives above 0, in events"
+            raise ValueError(msg)
+        return scales
+
+    @field_serializer("scales", when_used="json")
+    def _spell_infinity(self, scales: tuple[float, ...]) -> list[float | str]:
+        return ["inf" if np.isinf(scale) else scale for scale in scales]
+
+    def state_dim(self, hidden_size: int) -> int:
+        """Width of one pooled vector per scale."""
+        return hidden_size * (len(self.layers) if self.combine == "side_by_side" else 1)
+
+
+class SurpriseSpec(FrozenModel):
+    """Surprise by depth: means (cells, depth_cap + 1) and percentiles (cells,) are arrays."""
+
+    depth_cap: int = Field(default=16, ge=0)
+
+
+class Training(FrozenModel):
+    """What the model was trained on, and how well it predicts held-out entities."""
+
+    data_sha256: str
+    steps: int
+    epochs: float
+    train_loss: float | None
+    held_out_loss: float | None  # nats per token
+
+
+class Compute(FrozenModel):
+    """What the vectors are computed in; another precision is another bundle."""
+
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    cache: Literal["fp32", "fp16", "int8"] = "fp32"
+    tolerance: float = 1e-5  # relative, of vectors and surprise
+
+
+class Manifest(FrozenModel):
+    """What a bundle says of itself. `id` is empty while it is being hashed."""
+
+    id: str = ""
+    format: int = FORMAT
+    entity: str
+    schema_sha256: str
+    rendering: RenderingSpec
+    rendering_sha256: str
+    window: WindowPolicy
+    base_model: str
+    licence: str
+    training: Training
+    pooling: Pooling
+    surprise: SurpriseSpec | None
+    projected: bool = False  # arrays projection.mean (n,) and projection.matrix (n, dim)
+    hidden_size: int
+    dim: int
+    bos_id: int | None
+    compute: Compute = Compute()
+    parity: Mapping[str, float] = Field(default_factory=dict)
+    files: Mapping[str, str] = Field(default_factory=dict)  # name -> SHA-256
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A verified bundle, loaded but for its graphs."""
+
+    folder: Path
+    manifest: Manifest
+    schema: EventSchema
+    arrays: Mapping[str, NDArray[np.float64]]
+    tokens: ChapterTokenizer
+
+    @property
+    def id(self) -> str:
+        """The bundle's id: 12 hex digits."""
+        return self.manifest.id
+
+    @property
+    def renderer(self) -> Renderer:
+        """What makes the text of this bundle's chapters."""
+        return self.tokens.renderer
+
+    @property
+    def full_graph(self) -> Path:
+        """The graph that reads whole chapters."""
+        return self.folder / FULL_GRAPH
+
+
+def scale_name(scale: float) -> str:
+    """Name a half-life in a column: h16, hinf."""
+    return f"h{scale:g}"
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that the id covers, the manifest apart, by its name in the folder."""
+    names = [TOKENIZER, SCHEMA, ARRAYS]
+    names += [path.relative_to(folder).as_posix() for path in sorted((folder / "graphs").iterdir())]
+    return {name: _hash_file(folder / name) for name in sorted(names)}
+
+
+def seal_bundle(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash a finished folder, give it its id, and write its manifest."""
+    bare = manifest.model_copy(update={"id": "", "files": hash_files(folder)})
+    sealed = bare.model_copy(update={"id": _identify(bare)})
+    text = json.dumps(sealed.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return sealed
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Load a bundle and verify every byte that its id covers.
+
+    Raises BundleMismatch naming what differs, and ConfigError for a schema that cannot be read.
+    """
+    manifest = _read_manifest(folder)
+    try:
+        found = hash_files(folder)
+    except OSError as error:
+        raise BundleMismatch(f"bundle {folder}", f"is not whole ({error})", _REMEDY) from error
+    for name in sorted({*found, *manifest.files}):
+        if found.get(name) != manifest.files.get(name):
+            raise BundleMismatch(
+                f"bundle {folder}", f"{name} is not the file the manifest names", _REMEDY
+            )
+    if manifest.id != _identify(manifest.model_copy(update={"id": ""})):
+        raise BundleMismatch(f"bundle {folder}", "its manifest was changed", _REMEDY)
+    schema = load_schema(folder / SCHEMA)
+    try:
+        arrays = {
+            name: array.astype(np.float64) for name, array in load_file(folder / ARRAYS).items()
+        }
+    except (OSError, SafetensorError) as error:
+        raise BundleMismatch(f"bundle {folder}", f"{ARRAYS}: {error}", _REMEDY) from error
+    renderer = Renderer(schema, manifest.rendering, arrays)
+    for what, said, is_ in (
+        ("schema", manifest.schema_sha256, schema.sha256),
+        ("rendering", manifest.rendering_sha256, renderer.sha256),
+    ):
+        if said != is_:
+            raise BundleMismatch(
+                f"bundle {folder}", f"its {what} is not the one it was trained with", _REMEDY
+            )
+    schema.entity(manifest.entity)
+    return Bundle(
+        folder=folder,
+        manifest=manifest,
+        schema=schema,
+        arrays=arrays,
+        tokens=ChapterTokenizer(renderer, load_tokenizer(folder / TOKENIZER), manifest.bos_id),
+    )
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise BundleMismatch(
+            f"bundle {folder}",
+            f"has no {MANIFEST} ({error.strerror})",
+            "make one: python -m export quickstart",
+        ) from error
+    except ValidationError as error:
+        field, problem = first_problem(error)
+        raise BundleMismatch(
+            f"bundle {folder}", f"{MANIFEST}: {field}: {problem}", _REMEDY
+        ) from error
+    if manifest.format != FORMAT:
+        raise BundleMismatch(
+            f"bundle {folder}", f"has format {manifest.format}, this code reads {FORMAT}", _REMEDY
+        )
+    return manifest
+
+
+def _identify(manifest: Manifest) -> str:
+    document = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    pairs = {**manifest.files, MANIFEST: hashlib.sha256(document.encode()).hexdigest()}
+    joined = "".join(f"{name}\0{digest}\n" for name, digest in sorted(pairs.items()))
+    return hashlib.sha256(joined.encode()).hexdigest()[:_ID_DIGITS]
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,238 @@
+"""Records as the log holds them, and the events they become."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from llm4es.errors import InvalidEvent
+from llm4es.schema import (
+    CategoriesField,
+    CategoryField,
+    EventSchema,
+    EventTime,
+    FieldSpec,
+    FlagField,
+    NumberField,
+)
+
+__all__ = [
+    "Event",
+    "EventKey",
+    "FieldValue",
+    "Record",
+    "TopicPartition",
+    "coordinates_id",
+    "decode_object",
+    "entity_id_of",
+    "parse_event",
+]
+
+FieldValue = str | int | float | bool | tuple[str, ...] | None
+EventKey = tuple[datetime, str, str]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MAX_ID_LENGTH = 512
+_NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
+
+
+class TopicPartition(NamedTuple):
+    """One partition of one topic."""
+
+    topic: str
+    partition: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One record of the log, as it came: nothing about it has been checked."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: datetime | None  # LogAppendTime; None where the log keeps none (files)
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+    @property
+    def topic_partition(self) -> TopicPartition:
+        """The partition it came from."""
+        return TopicPartition(self.topic, self.partition)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One user action, validated; nothing downstream re-checks it."""
+
+    entity_id: str
+    occurred_at: datetime  # event time, UTC, microseconds
+    type: str
+    event_id: str  # with the two above: identity and order within the entity
+    fields: Mapping[str, FieldValue]
+
+    @property
+    def key(self) -> EventKey:
+        """Identity and order within the entity."""
+        return (self.occurred_at, self.type, self.event_id)
+
+
+def coordinates_id(topic: str, partition: int, offset: int) -> str:
+    """Name an event by its record; padded, so that text order is the order of the numbers."""
+    return f"{topic}/{partition:010d}/{offset:019d}"
+
+
+def decode_object(value: bytes) -> dict[str, Any]:
+    """Decode one JSON object. Raises InvalidEvent for anything else."""
+    try:
+        document = msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidEvent("value", f"is not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise InvalidEvent("value", f"is JSON, but no object: {type(document).__name__}")
+    return document
+
+
+def entity_id_of(document: Mapping[str, Any], field: str) -> str:
+    """Read an entity's id: a string, or an integer in decimal. Raises InvalidEvent."""
+    if field not in document or document[field] is None:
+        raise InvalidEvent(field, "the entity id is missing")
+    return _identifier(field, document[field])
+
+
+def parse_event(
+    value: bytes, schema: EventSchema, *, entity: str, coordinates: str | None = None
+) -> Event:
+    """Turn a record's bytes into an event of `entity`.
+
+    `coordinates` (see `coordinates_id`) is the event's id where the schema names no field for
+    it. Raises InvalidEvent naming the field; fields the schema does not name are left behind.
+    """
+    document = decode_object(value)
+    entity_id = entity_id_of(document, schema.entity(entity).field)
+    event_type = _event_type(document, schema)
+    if schema.event_id is not None:
+        if document.get(schema.event_id) is None:
+            raise InvalidEvent(schema.event_id, "the event id is missing")
+        event_id = _identifier(schema.event_id, document[schema.event_id])
+    elif coordinates is not None:
+        event_id = coordinates
+    else:
+        raise InvalidEvent("event_id", "the schema names no event id and there are no coordinates")
+    fields = {
+        name: _field_value(name, spec, document.get(name))
+        for name, spec in schema.types[event_type].fields.items()
+    }
+    return Event(
+        entity_id=entity_id,
+        occurred_at=_event_time(document, schema.event_time),
+        type=event_type,
+        event_id=event_id,
+        fields=MappingProxyType(fields),
+    )
+
+
+def _event_type(document: Mapping[str, Any], schema: EventSchema) -> str:
+    if schema.type_field is None:
+        return next(iter(schema.types))
+    name = document.get(schema.type_field)
+    if not isinstance(name, str) or name not in schema.types:
+        known = ", ".join(schema.types)
+        raise InvalidEvent(schema.type_field, f"unknown event type (known: {known})")
+    return name
+
+
+def _identifier(field: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise InvalidEvent(field, f"an id is text or an integer, not {type(value).__name__}")
+    text = str(value)
+    if not text or len(text) > _MAX_ID_LENGTH:
+        raise InvalidEvent(field, f"an id has 1 to {_MAX_ID_LENGTH} characters, not {len(text)}")
+    return text
+
+
+def _event_time(document: Mapping[str, Any], spec: EventTime) -> datetime:
+    raw = document.get(spec.field)
+    if raw is None:
+        raise InvalidEvent(spec.field, "the event time is missing")
+    try:
+        return _from_iso(raw) if spec.format == "iso8601" else _from_epoch(raw, spec.unit)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidEvent(spec.field, f"is no {spec.format} time ({error})") from error
+
+
+def _from_iso(raw: object) -> datetime:
+    if not isinstance(raw, str):
+        msg = f"text expected, not {type(raw).__name__}"
+        raise TypeError(msg)
+    moment = datetime.fromisoformat(raw)
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def _from_epoch(raw: object, unit: str) -> datetime:
+    if isinstance(raw, bool) or not isinstance(raw, int | float):
+        msg = f"a number expected, not {type(raw).__name__}"
+        raise TypeError(msg)
+    # An integer stays one here: a float cannot hold today's time in nanoseconds.
+    nanoseconds = round(raw * _NANOSECONDS[unit])
+    return _EPOCH + timedelta(microseconds=nanoseconds // 1_000)
+
+
+def _field_value(name: str, spec: FieldSpec, raw: object) -> FieldValue:
+    if raw is None:
+        if spec.nullable:
+            return None
+        raise InvalidEvent(name, "is missing")
+    if isinstance(spec, NumberField):
+        return _number(name, raw)
+    if isinstance(spec, CategoryField):
+        return _category(name, spec, raw)
+    if isinstance(spec, CategoriesField):
+        return _categories(name, spec, raw)
+    if isinstance(spec, FlagField):
+        if not isinstance(raw, bool):
+            raise InvalidEvent(name, f"a flag is true or false, not {type(raw).__name__}")
+        return raw
+    return _text(name, raw, spec.max_length)
+
+
+def _number(name: str, raw: object) -> float | int:
+    if isinstance(raw, bool) or not isinstance(raw, int | float):
+        raise InvalidEvent(name, f"a number is due, not {type(raw).__name__}")
+    try:
+        finite = math.isfinite(raw)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise InvalidEvent(name, "a finite number is due")
+    return raw
+
+
+def _category(name: str, spec: CategoryField, raw: object) -> str:
+    due = str if spec.codes == "string" else int
+    if isinstance(raw, bool) or not isinstance(raw, due):
+        raise InvalidEvent(
+            name, f"a category of {spec.codes} codes is due, not {type(raw).__name__}"
+        )
+    code = _text(name, str(raw), spec.max_length)
+    if spec.closed and code not in spec.names:
+        raise InvalidEvent(name, "a code that the schema does not name")
+    return code
+
+
+def _categories(name: str, spec: CategoriesField, raw: object) -> tuple[str, ...]:
+    if not isinstance(raw, list) or len(raw) > spec.max_items:
+        raise InvalidEvent(name, f"a list of at most {spec.max_items} codes is due")
+    return tuple(_text(name, item, spec.max_length) for item in raw)
+
+
+def _text(name: str, raw: object, max_length: int) -> str:
+    if not isinstance(raw, str):
+        raise InvalidEvent(name, f"text is due, not {type(raw).__name__}")
+    if len(raw) > max_length:
+        raise InvalidEvent(name, f"{len(raw)} characters, at most {max_length} are allowed")
+    return raw

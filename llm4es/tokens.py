@@ -1,0 +1,113 @@
+"""Tokens: the ids a model reads for a chapter, line by line.
+
+Each event's line is tokenized by itself, with its terminator, and the ids are concatenated
+behind the header's: so training and serving see identical ids, and an appended event leaves
+all ids before it as they were.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from llm4es.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llm4es.events import Event
+    from llm4es.rendering import Line, Renderer
+
+__all__ = ["ALL_FIELDS", "ChapterTokenizer", "TokenizedChapter", "load_tokenizer"]
+
+ALL_FIELDS = -1  # owner of the terminator's tokens: they count in all, and for no field
+_CACHED_LINES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedChapter:
+    """A chapter's ids with what each of its T tokens belongs to; the header is not among them.
+
+    `events` is the index of the token's event within the chapter, `owners` the index of its
+    field among `Renderer.fields(type)`, or ALL_FIELDS.
+    """
+
+    ids: NDArray[np.int64]  # (T,)
+    events: NDArray[np.int64]  # (T,)
+    owners: NDArray[np.int64]  # (T,)
+
+    @property
+    def ids_hash(self) -> bytes:
+        """What a memo of the chapter's sums is keyed by, beside the bundle's id."""
+        return blake2b(self.ids.astype("<i8").tobytes(), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenizedLine:
+    ids: tuple[int, ...]
+    owners: tuple[int, ...]
+
+
+class ChapterTokenizer:
+    """Turns a chapter's events into ids, and measures an event for the cutter.
+
+    `bos_id` opens the header where the model was trained with one.
+    """
+
+    def __init__(self, renderer: "Renderer", tokenizer: Tokenizer, bos_id: int | None) -> None:
+        self._renderer = renderer
+        self._tokenizer = tokenizer
+        front = () if bos_id is None else (bos_id,)
+        header = tuple(tokenizer.encode(renderer.header, add_special_tokens=False).ids)
+        self.header_ids: NDArray[np.int64] = np.array((*front, *header), dtype=np.int64)
+        # A line's owners follow from its text and spans, so both are the cache's key.
+        self._line = lru_cache(maxsize=_CACHED_LINES)(self._tokenize)
+
+    @property
+    def renderer(self) -> "Renderer":
+        """What the lines are made by."""
+        return self._renderer
+
+    def measure(self, event: "Event", earlier: Sequence["Event"]) -> int:
+        """Count the tokens of an event's line behind the earlier ones of its chapter."""
+        return len(self._line(self._renderer.line(event, earlier)).ids)
+
+    def tokenize(self, events: Sequence["Event"]) -> TokenizedChapter:
+        """Ids of a chapter's events, oldest first."""
+        lines = [self._line(line) for line in self._renderer.lines(events)]
+        counts = [len(line.ids) for line in lines]
+        return TokenizedChapter(
+            ids=np.fromiter((id_ for line in lines for id_ in line.ids), np.int64, sum(counts)),
+            events=np.repeat(np.arange(len(lines)), counts),
+            owners=np.fromiter((o for line in lines for o in line.owners), np.int64, sum(counts)),
+        )
+
+    def _tokenize(self, line: "Line") -> _TokenizedLine:
+        encoding = self._tokenizer.encode(line.text, add_special_tokens=False)
+        owners = []
+        field = 0
+        for start, _ in encoding.offsets:
+            while field < len(line.spans) and start >= line.spans[field].end:
+                field += 1
+            owners.append(field if field < len(line.spans) else ALL_FIELDS)
+        return _TokenizedLine(tuple(encoding.ids), tuple(owners))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load `tokenizer.json` for rendered text: nothing in it is a special token, or cut off.
+
+    A value that spells a special token ("<|endoftext|>") must stay text, and a truncation
+    kept in the file would silently cut the newest events. Raises ConfigError.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ConfigError(str(path), f"is no tokenizer ({error})", "export again") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
