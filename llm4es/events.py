@@ -177,9 +177,10 @@ def _from_epoch(raw: object, unit: str) -> datetime:
     if isinstance(raw, bool) or not isinstance(raw, int | float):
         msg = f"a number expected, not {type(raw).__name__}"
         raise TypeError(msg)
-    # An integer stays one here: a float cannot hold today's time in nanoseconds.
-    nanoseconds = round(raw * _NANOSECONDS[unit])
-    return _EPOCH + timedelta(microseconds=nanoseconds // 1_000)
+    # An integer stays one: a float cannot hold today's time in nanoseconds.
+    size = _NANOSECONDS[unit]
+    microseconds = raw * size // 1_000 if isinstance(raw, int) else round(raw * (size / 1_000))
+    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 def _field_value(name: str, spec: FieldSpec, raw: object) -> FieldValue:

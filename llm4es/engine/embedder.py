@@ -62,6 +62,11 @@ class OnnxEmbedder:
         """Execution providers of onnxruntime in use, most wanted first."""
         return self._graph.providers
 
+    @property
+    def half_lives(self) -> NDArray[np.float64]:
+        """Half-lives (n,) by which sums (n,) of chapters decay."""
+        return self.layout.half_lives
+
     def embed(self, windows: Sequence[Window]) -> Embedded:
         """B windows of any length -> vectors (B, dim) float32, surprise (B, columns) float32.
 

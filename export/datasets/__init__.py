@@ -1,0 +1,1 @@
+"""Event logs to try things on: a seeded simulator of card payments (docs/simulator.md)."""

@@ -1,0 +1,257 @@
+"""Doubles for faults that the real parts cannot be told to have, and a bundle without a model.
+
+Real classes that satisfy `stream_worker.ports`; users may test their own deployments with them.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from llm4es.bundle import Bundle, Manifest, Pooling, Training
+from llm4es.events import Record, TopicPartition
+from llm4es.features import Embedded, FeatureRow, SumsLayout, token_weights
+from llm4es.rendering import Renderer, RenderingSpec
+from llm4es.schema import EventSchema
+from llm4es.tokens import ChapterTokenizer
+from llm4es.windows import FinishedChapter, Window, WindowPolicy, visible_chapters
+
+__all__ = [
+    "Boundaries",
+    "Crash",
+    "Crashing",
+    "LengthEmbedder",
+    "MemorySink",
+    "ScriptedLog",
+    "modelless_bundle",
+]
+
+
+def modelless_bundle(
+    schema: EventSchema,
+    *,
+    entity: str,
+    window: WindowPolicy,
+    rendering: RenderingSpec | None = None,
+    bundle_id: str = "00000000test",
+) -> Bundle:
+    """Bundle of a tokenizer that has one token per byte, for `LengthEmbedder`: no folder."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    renderer = Renderer(schema, rendering or RenderingSpec())
+    pooling = Pooling(layers=(0,), scales=(math.inf, 4.0))
+    manifest = Manifest(
+        id=bundle_id,
+        entity=entity,
+        schema_sha256=schema.sha256,
+        rendering=rendering or RenderingSpec(),
+        rendering_sha256=renderer.sha256,
+        window=window,
+        base_model="none",
+        licence="Apache-2.0",
+        training=Training(data_sha256="", steps=0, epochs=0, train_loss=None, held_out_loss=None),
+        pooling=pooling,
+        surprise=None,
+        hidden_size=1,
+        dim=len(pooling.scales),
+        bos_id=None,
+    )
+    return Bundle(
+        folder=Path(),
+        manifest=manifest,
+        schema=schema,
+        arrays={},
+        tokens=ChapterTokenizer(renderer, tokenizer, None),
+    )
+
+
+class LengthEmbedder:
+    """A token's state is its id: sums, decay and chapters are real, the model is not."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.layout = SumsLayout(bundle)
+
+    @property
+    def half_lives(self) -> NDArray[np.float64]:
+        """Half-lives (n,) by which sums (n,) of chapters decay."""
+        return self.layout.half_lives
+
+    def embed(self, windows: Sequence[Window]) -> Embedded:
+        """B windows -> vectors (B, scales); no surprise."""
+        vectors, finished = [], []
+        for window in windows:
+            visible = visible_chapters(window, self.bundle.manifest.window)
+            done: dict[int, FinishedChapter] = {}
+            sums = []
+            for index in visible:
+                chapter = window.chapters[index]
+                if chapter.sums is not None:
+                    sums.append(chapter.sums)
+                    continue
+                tokens = self.bundle.tokens.tokenize(chapter.events)
+                weights = token_weights(self.layout, tokens.events, [chapter.count])[0]
+                states = (weights @ tokens.ids.astype(np.float64))[:, None]
+                sums.append(self.layout.pack(states, weights.sum(axis=-1), None))
+                if index < len(window.chapters) - 1:
+                    done[index] = FinishedChapter(ids_hash=tokens.ids_hash, sums=sums[-1])
+            vectors.append(self.layout.finish(self.layout.total(window, sums, visible))[0])
+            finished.append(done)
+        count = len(windows)
+        return Embedded(
+            np.array(vectors, dtype=np.float32).reshape(count, self.bundle.manifest.dim),
+            np.zeros((count, 0), dtype=np.float32),
+            np.zeros(count, dtype=np.float32),
+            tuple(finished),
+        )
+
+
+class ScriptedLog:
+    """A log in memory that gives its records in batches of the sizes it is told.
+
+    `describe` is the caller's: tests say which log they mean to be.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], describe: Callable[[], Any], batches: Iterable[int] = ()
+    ) -> None:
+        self._records = list(records)
+        self.describe = describe
+        self._batches = iter(batches)
+        self._listener: Any = None
+        self._positions: dict[TopicPartition, int] = {}
+        self.group: dict[TopicPartition, int] = {}  # committed offsets, as a broker keeps them
+
+    def sample(self, count: int) -> Sequence[Record]:
+        """The newest records of the whole log."""
+        return self._records[-count:]
+
+    def subscribe(self, listener: Any) -> None:  # noqa: ANN401 - the port's type stands above us
+        """Assign every partition at the next poll."""
+        self._listener = listener
+
+    def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:  # noqa: ARG002
+        """Next records in the order of the script, as many as it says."""
+        if self._listener is not None:
+            listener, self._listener = self._listener, None
+            partitions = sorted({record.topic_partition for record in self._records})
+            self._positions = dict(listener.assigned(partitions))
+        wanted = min(max_records, next(self._batches, max_records))
+        batch = [
+            record
+            for record in self._records
+            if record.offset >= self._positions.get(record.topic_partition, 0)
+        ][:wanted]
+        for record in batch:
+            self._positions[record.topic_partition] = record.offset + 1
+        return batch
+
+    def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """What the group has committed."""
+        return {tp: self.group[tp] for tp in partitions if tp in self.group}
+
+    def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
+        """Advance the group."""
+        self.group.update(next_offsets)
+
+    def seek(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Read on from there."""
+        self._positions.update(positions)
+
+    def remaining(self) -> int | None:
+        """Records still to come."""
+        return sum(
+            record.offset >= self._positions.get(record.topic_partition, 0)
+            for record in self._records
+        )
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+class MemorySink:
+    """Offline rows in a list and online rows in a mapping that never goes back in time."""
+
+    def __init__(self) -> None:
+        self.offline: list[FeatureRow] = []
+        self.online: dict[str, FeatureRow] = {}
+
+    def journal(self, rows: Sequence[FeatureRow]) -> None:
+        """Append."""
+        self.offline += rows
+
+    def publish(self, rows: Sequence[FeatureRow]) -> None:
+        """Take each row that is newer than the one that stands."""
+        for row in rows:
+            known = self.online.get(row.entity_id)
+            if known is None or known.as_of < row.as_of:
+                self.online[row.entity_id] = row
+
+    def read(self, entity_ids: Sequence[str]) -> Sequence[FeatureRow | None]:
+        """Online rows."""
+        return [self.online.get(entity_id) for entity_id in entity_ids]
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing in the worker may catch it."""
+
+
+class Boundaries:
+    """Counts named boundaries, and crashes at the k-th time one is reached."""
+
+    def __init__(self, name: str = "", occurrence: int = 0) -> None:
+        self._name = name
+        self._occurrence = occurrence
+        self.reached: Counter[str] = Counter()
+
+    def reach(self, name: str) -> None:
+        """Pass the boundary, or raise Crash."""
+        self.reached[name] += 1
+        if name == self._name and self.reached[name] == self._occurrence:
+            raise Crash(name)
+
+
+class Crashing:
+    """Any part, with a boundary before and after each call of the methods named."""
+
+    def __init__(self, part: object, boundaries: Boundaries, methods: Iterable[str]) -> None:
+        self._part = part
+        self._boundaries = boundaries
+        self._methods = frozenset(methods)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - stands in for any part
+        found = getattr(self._part, name)
+        if name not in self._methods:
+            return found
+        return self._block(name, found) if name == "begin" else self._call(name, found)
+
+    def _call(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object) -> object:
+            self._boundaries.reach(f"before {name}")
+            result = method(*args)
+            self._boundaries.reach(f"after {name}")
+            return result
+
+        return call
+
+    def _block(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @contextmanager
+        def block() -> Iterator[Any]:
+            with method() as inside:
+                yield inside
+                self._boundaries.reach(f"before {name}'s end")
+            self._boundaries.reach(f"after {name}'s end")
+
+        return block

@@ -1,0 +1,1 @@
+"""Kafka in, feature rows out: the worker that keeps embeddings fresh."""

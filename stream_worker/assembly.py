@@ -1,0 +1,152 @@
+"""From settings to parts: the only place that knows which adapter a setting means."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+from llm4es.bundle import Bundle, load_bundle
+from llm4es.engine import OnnxEmbedder, open_embedder
+from llm4es.errors import ConfigError
+from llm4es.feast import FeastSink, open_sink
+from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
+from stream_worker.log_checks import refuse_changed_log, refuse_foreign_keys
+from stream_worker.metrics import Metrics
+from stream_worker.ports import DeadLetters, RecordSource, WindowStore
+from stream_worker.settings import WorkerSettings
+from stream_worker.sources.files import FileLog, FileRecordSource
+from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
+from stream_worker.sources.kafka_client import KafkaSettings
+from stream_worker.window_store.redis import RedisWindowStore
+from stream_worker.window_store.sqlite import SqliteWindowStore
+from stream_worker.worker import Parts, Worker, WorkerPolicy
+
+__all__ = ["Assembled", "assembled", "open_window_store"]
+
+log = logging.getLogger(__name__)
+
+_SAMPLE = 50  # records per partition that are looked at before the topic is trusted
+
+
+class Assembled:
+    """A worker and the parts that a display asks."""
+
+    def __init__(self, worker: Worker, parts: Parts, embedder: OnnxEmbedder) -> None:
+        self.worker = worker
+        self.parts = parts
+        self.embedder = embedder
+
+
+@contextmanager
+def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
+    """Build a worker, check all that it stands on, and take it apart again.
+
+    What is cheap to check comes first: bundle, then view, then log. Raises ConfigError,
+    BundleMismatch, SourceUnavailable or SinkUnavailable.
+    """
+    with ExitStack() as stack:
+        bundle = load_bundle(settings.bundle)
+        sink = open_sink(
+            settings.feature_repo,
+            bundle,
+            config_file=settings.feature_store_file,
+            writer_id=f"{socket.gethostname()}-{os.getpid()}",
+            roll_rows=settings.journal_roll_rows,
+            roll_s=settings.journal_roll_s,
+        )
+        stack.callback(sink.close)
+        store = open_window_store(settings, bundle)
+        stack.callback(store.close)
+        source, dead_letters = _open_log(settings, bundle, sink, stack)
+        _refuse_unfit_log(source, store, bundle)
+        embedder = open_embedder(bundle, device=settings.device, threads=settings.threads)
+        log.info(
+            "bundle %s (%d dimensions) for %s on %s",
+            bundle.id,
+            bundle.manifest.dim,
+            bundle.manifest.entity,
+            embedder.providers[0],
+        )
+        parts = Parts(
+            bundle=bundle,
+            source=source,
+            store=store,
+            embedder=embedder,
+            sink=sink,
+            dead_letters=dead_letters,
+            metrics=Metrics(),
+        )
+        if settings.metrics_port is not None:
+            parts.metrics.serve(settings.metrics_port)
+        yield Assembled(Worker(parts, _policy(settings)), parts, embedder)
+
+
+def open_window_store(settings: WorkerSettings, bundle: Bundle) -> WindowStore:
+    """Open the store a URL names. Raises ConfigError, SinkUnavailable."""
+    url = settings.window_store.get_secret_value()
+    scheme, _, rest = url.partition(":")
+    if scheme == "sqlite":
+        return SqliteWindowStore(Path(rest.removeprefix("//")), bundle.id)
+    if scheme in {"redis", "rediss", "unix"}:
+        return RedisWindowStore(url, bundle.id)
+    raise ConfigError(
+        "window_store", f"knows no scheme {scheme!r}", "write sqlite:PATH or redis://host:port/db"
+    )
+
+
+def _open_log(
+    settings: WorkerSettings, bundle: Bundle, sink: FeastSink, stack: ExitStack
+) -> tuple[RecordSource, DeadLetters]:
+    key_field = bundle.schema.entity(bundle.manifest.entity).field
+    if settings.source == "file":
+        if settings.events is None:
+            raise ConfigError("events", "--source file needs a log", "name it with --events")
+        source: RecordSource = FileRecordSource(
+            FileLog(
+                path=settings.events,
+                key_field=key_field,
+                partitions=settings.partitions,
+                recorded_at_field=settings.recorded_at_field,
+            )
+        )
+        letters: DeadLetters = FileDeadLetters(settings.state_dir / "dead-letters.jsonl")
+        stack.callback(source.close)
+        stack.callback(letters.close)
+        return source, letters
+    kafka = KafkaSettings(bootstrap_servers=settings.bootstrap_servers or sink.bootstrap_servers)
+    topic = settings.topic or sink.topic
+    group = KafkaGroup(
+        settings.group or f"llm4es-{bundle.manifest.entity}-{bundle.id}",
+        session_timeout_ms=settings.session_timeout_ms,
+        max_poll_interval_ms=settings.max_poll_interval_ms,
+        instance_id=settings.group_instance_id,
+    )
+    source = KafkaRecordSource(kafka, topic, group)
+    stack.callback(source.close)
+    source.describe()
+    letters = KafkaDeadLetters(
+        kafka, settings.dead_letter_topic or f"{topic}.dead-letters", source_topic=topic
+    )
+    stack.callback(letters.close)
+    return source, letters
+
+
+def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) -> None:
+    description = source.describe()
+    refuse_changed_log(description, store.identity(description.identity.topic))
+    refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
+
+
+def _policy(settings: WorkerSettings) -> WorkerPolicy:
+    return WorkerPolicy(
+        max_records=settings.max_records,
+        poll_timeout_s=settings.poll_timeout_ms / 1000,
+        max_value_bytes=settings.max_value_bytes,
+        availability_delay=timedelta(milliseconds=settings.availability_delay_ms),
+        every_event=settings.every_event,
+        until_end=settings.until_end,
+        unproven_start=settings.unproven_start,
+    )

@@ -1,0 +1,141 @@
+"""The worker's commands. Heavy imports happen inside them: `--help` answers at once."""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from stream_worker.settings import ENV_PREFIX, SettingsProblem, WorkerSettings, load_settings
+
+__all__ = ["app", "main"]
+
+_CONFIG_EXIT = 2
+_Result = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
+
+app = typer.Typer(
+    name="stream_worker",
+    help="Keep embeddings fresh: events from a log, rows into Feast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help answers twice as fast
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="stream_worker")
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind = str if field.annotation is SecretStr else field.annotation
+    default = field.default
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
+    notes = [f"env: {ENV_PREFIX}{name.upper()}"]
+    if default is not None:
+        notes.append(f"default: {str(default).lower() if isinstance(default, bool) else default}")
+    option = typer.Option(
+        f"--{_dashed(name)}", help=f"{field.description} [{', '.join(notes)}]", show_default=False
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],  # type: ignore[operator]
+    )
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every setting as an option, and hand it `settings` built from them."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    config = inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Path | None, typer.Option(help="YAML file of settings")],
+    )
+
+    def wrapped(**given: Any) -> None:  # noqa: ANN401 - typer has checked the types
+        flags = {name: given.pop(name) for name in WorkerSettings.model_fields}
+        try:
+            settings = load_settings(flags, given.pop("config"))
+        except SettingsProblem as problem:
+            _fail(f"{problem}; give --{_dashed(problem.field)}, see --help", _CONFIG_EXIT)
+        with _refusing():
+            command(settings, **given)
+
+    options = [_option(name, field) for name, field in WorkerSettings.model_fields.items()]
+    wrapped.__signature__ = inspect.Signature([*own, config, *options])  # type: ignore[attr-defined]
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    return wrapped
+
+
+@app.command()
+@with_settings
+def run(
+    settings: WorkerSettings,
+    *,
+    live: Annotated[bool, typer.Option("--live", help="Show a live table on stderr")] = False,
+    as_json: _Result = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more")] = False,
+) -> None:
+    """Fold a log into windows and publish a fresh row for each entity that changed."""
+    from stream_worker.running import run_worker  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=verbose)
+    run_worker(settings, live=live, as_json=as_json)
+
+
+@app.command(name="inspect")
+@with_settings
+def inspect_entity(
+    settings: WorkerSettings,
+    *,
+    entity: Annotated[str, typer.Argument(help="Id of the entity")],
+    as_json: _Result = False,
+) -> None:
+    """Show an entity's chapters, their text with each event's surprise, and its online row."""
+    from stream_worker.inspecting import show_entity  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    show_entity(settings, entity, as_json=as_json)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """One clear line and the exit code of the error tree."""
+    from llm4es.errors import LLM4ESError  # noqa: PLC0415 - heavy
+
+    try:
+        yield
+    except LLM4ESError as error:
+        logging.getLogger(__name__).debug("refused", exc_info=error)
+        _fail(" ".join(str(error).split()), error.exit_code)
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    typer.echo(f"stream_worker: {line}", err=True)
+    raise typer.Exit(code)
+
+
+def _log_to_stderr(*, verbose: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # kafka-python tells of every reconnect; what matters of them is raised or logged by us.
+    logging.getLogger("kafka").setLevel(logging.ERROR)

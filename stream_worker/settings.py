@@ -1,0 +1,125 @@
+"""Everything that can be set: flag over environment (`LLM4ES_...`) over file over default."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+from pydantic_settings.exceptions import SettingsError
+
+__all__ = ["ENV_PREFIX", "SettingsProblem", "WorkerSettings", "load_settings"]
+
+ENV_PREFIX = "LLM4ES_"
+
+
+class SettingsProblem(Exception):
+    """A setting is wrong: its name and what is wrong with it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class WorkerSettings(BaseSettings):
+    """What `run` and `inspect` need to know. Frozen; secrets are masked when printed."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    bundle: Path = Field(Path("build/demo/bundle"), description="Folder of the bundle")
+    feature_repo: Path = Field(Path("feature_repo"), description="Folder of the Feast repository")
+    feature_store_file: str = Field(
+        "feature_store.yaml", description="Feast's configuration, in that folder"
+    )
+    source: Literal["kafka", "file"] = Field("kafka", description="Where records come from")
+
+    bootstrap_servers: str | None = Field(
+        None, description="Kafka's brokers; the feature view's source names them by default"
+    )
+    topic: str | None = Field(
+        None, description="Topic of events; the feature view's source names it by default"
+    )
+    dead_letter_topic: str | None = Field(None, description="[default: TOPIC.dead-letters]")
+    group: str | None = Field(None, description="Consumer group [default: llm4es-ENTITY-BUNDLE]")
+    group_instance_id: str | None = Field(None, description="Static membership's id (KIP-345)")
+    session_timeout_ms: int = Field(10_000, ge=1, description="Kafka's session timeout")
+    max_poll_interval_ms: int = Field(300_000, ge=1, description="Longest time between two polls")
+
+    events: Path | None = Field(None, description="Event log (.jsonl, .parquet) of --source file")
+    partitions: int = Field(4, ge=1, description="Partitions the file is read as")
+    recorded_at_field: str | None = Field(
+        None, description="Field of a file's records that says when the log got them"
+    )
+    availability_delay_ms: int = Field(
+        0, ge=0, description="How long after it occurred an event of a file is known"
+    )
+
+    window_store: SecretStr = Field(
+        SecretStr("sqlite:build/state/windows.db"),
+        description="sqlite:PATH for one worker, redis://... for a group",
+    )
+    state_dir: Path = Field(Path("build/state"), description="Journals and a file's dead letters")
+
+    max_records: int = Field(512, ge=1, description="Records of one batch at most")
+    poll_timeout_ms: int = Field(200, ge=1, description="How long a poll waits for records")
+    max_value_bytes: int = Field(1 << 20, ge=1, description="Larger records are dead letters")
+    every_event: bool = Field(
+        default=False, description="One row per event, not one per changed entity of a batch"
+    )
+    until_end: bool = Field(default=False, description="Stop at the end of the log")
+    unproven_start: bool = Field(
+        default=False, description="Accept a log whose beginning retention has taken"
+    )
+
+    journal_roll_rows: int = Field(20_000, ge=1, description="Rows of one offline Parquet part")
+    journal_roll_s: float = Field(10.0, gt=0, description="Seconds before a part is rolled")
+
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto", description="Where the model runs"
+    )
+    threads: int | None = Field(None, ge=1, description="The model's threads [default: all CPUs]")
+    metrics_port: int | None = Field(
+        None, ge=1, le=65_535, description="Serve Prometheus metrics here"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags over environment over the file that a subclass names."""
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_settings(flags: Mapping[str, Any], config: Path | None) -> WorkerSettings:
+    """Build the settings from the flags given, the environment, and a YAML file.
+
+    Raises SettingsProblem naming the setting; an unknown key of the file is one.
+    """
+    if config is not None and not config.is_file():
+        raise SettingsProblem("config", f"{config} is no file")
+
+    class FromFile(WorkerSettings):
+        model_config = SettingsConfigDict(yaml_file=config)
+
+    try:
+        return FromFile(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingsProblem(name, first["msg"]) from error
+    except (SettingsError, yaml.YAMLError) as error:
+        raise SettingsProblem("config", " ".join(str(error).split())) from error

@@ -1,0 +1,257 @@
+"""A Kafka topic, read by a consumer group through kafka-python."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from llm4es.errors import ConfigError
+from llm4es.events import Record, TopicPartition
+from stream_worker.ports import (
+    AssignmentListener,
+    LogDescription,
+    LogIdentity,
+    PartitionSpan,
+    Timestamps,
+)
+from stream_worker.sources.kafka_client import (
+    ConsumerRebalanceListener,
+    KafkaConsumer,
+    KafkaError,
+    KafkaSettings,
+    OffsetAndMetadata,
+    admin,
+    kafka_partition,
+    mapped,
+    topic_configs,
+)
+
+__all__ = ["KafkaGroup", "KafkaRecordSource"]
+
+log = logging.getLogger(__name__)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FETCH_BYTES = 16 << 20  # above the largest record, so that one can always be fetched
+_SAMPLE_TIMEOUT_S = 10.0
+_FOREVER_MS = str(2**63 - 1)  # message.timestamp.after.max.ms where nothing is bounded
+
+
+class KafkaGroup:
+    """Name and timings of the consumer group; `instance_id` makes membership static (KIP-345)."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        session_timeout_ms: int = 10_000,
+        max_poll_interval_ms: int = 300_000,
+        instance_id: str | None = None,
+    ) -> None:
+        self.name = name
+        self.config: dict[str, Any] = {
+            "group_id": name,
+            "session_timeout_ms": session_timeout_ms,
+            "heartbeat_interval_ms": max(1, session_timeout_ms // 3),
+            "max_poll_interval_ms": max_poll_interval_ms,
+            "group_instance_id": instance_id,
+        }
+
+
+class KafkaRecordSource:
+    """See `ports.RecordSource`. Reads `read_committed`; offsets are committed only by `commit`."""
+
+    def __init__(self, settings: KafkaSettings, topic: str, group: KafkaGroup) -> None:
+        self._settings = settings
+        self._topic = topic
+        self._listener: AssignmentListener | None = None
+        self._rebalances = _Rebalances()
+        # Assigned, but not yet told where to read from: their records are not to be used.
+        self._unplaced: set[TopicPartition] = set()
+        self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
+        with mapped():
+            self._consumer = KafkaConsumer(**self._consumer_config(), **group.config)
+
+    def describe(self) -> LogDescription:
+        """Ask the brokers; see `ports.RecordSource`."""
+        with admin(self._settings) as client:
+            found = client.describe_topics([self._topic])
+            topic = found[0] if found else {}
+            if not topic.get("partitions"):
+                raise ConfigError(
+                    "topic", f"Kafka knows no topic {self._topic!r}", "create it, or name another"
+                )
+            configs = topic_configs(client, self._topic)
+        partitions = sorted(entry["partition_index"] for entry in topic["partitions"])
+        return LogDescription(
+            identity=LogIdentity(
+                topic=self._topic, topic_id=str(topic["topic_id"]), partitions=len(partitions)
+            ),
+            spans=self._spans(partitions),
+            compacted="compact" in configs["cleanup.policy"],
+            timestamps=_timestamps(configs),
+        )
+
+    def sample(self, count: int) -> Sequence[Record]:
+        """Read the newest records with a consumer of no group."""
+        with mapped():
+            reader = KafkaConsumer(**self._consumer_config())
+        try:
+            with mapped():
+                return self._read_tail(reader, count)
+        finally:
+            reader.close(autocommit=False)
+
+    def subscribe(self, listener: AssignmentListener) -> None:
+        """Join the group at the next poll."""
+        self._listener = listener
+        with mapped():
+            self._consumer.subscribe([self._topic], listener=self._rebalances)
+
+    def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:
+        """Records of one fetch; those of a partition come in order of offset."""
+        with mapped():
+            found = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+        self._place_assigned()
+        return [
+            _record(raw)
+            for tp, batch in found.items()
+            if TopicPartition(*tp) not in self._unplaced_at_poll
+            for raw in batch
+        ]
+
+    def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Offsets that the group has committed."""
+        with mapped():
+            found = {tp: self._consumer.committed(kafka_partition(*tp)) for tp in partitions}
+        return {tp: offset for tp, offset in found.items() if offset is not None}
+
+    def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
+        """Commit, or log that it could not be done: the windows decide."""
+        offsets = {
+            kafka_partition(*tp): OffsetAndMetadata(offset, "", -1)
+            for tp, offset in next_offsets.items()
+        }
+        try:
+            self._consumer.commit(offsets)
+        except KafkaError as error:
+            log.warning("offsets were not committed (%s); the windows hold them", error)
+
+    def seek(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Read on from there, where the partition is still ours."""
+        owned = self._consumer.assignment()
+        for tp, offset in positions.items():
+            partition = kafka_partition(*tp)
+            if partition in owned:
+                with mapped():
+                    self._consumer.seek(partition, offset)
+
+    def remaining(self) -> int | None:
+        """Records up to the end of the assigned partitions; asks the brokers."""
+        owned = self._consumer.assignment()
+        if not owned or self._unplaced or self._rebalances.pending:
+            return None
+        with mapped():
+            ends = self._consumer.end_offsets(list(owned))
+            return sum(max(0, int(end - self._consumer.position(tp))) for tp, end in ends.items())
+
+    def close(self) -> None:
+        """Leave the group."""
+        try:
+            self._consumer.close(autocommit=False)
+        except KafkaError as error:
+            log.warning("the group was not left in order (%s); it will notice", error)
+
+    def _place_assigned(self) -> None:
+        """Tell the listener of rebalances since the last poll, and go where it says."""
+        revoked, assigned = self._rebalances.take()
+        self._unplaced = (self._unplaced - revoked) | assigned
+        self._unplaced_at_poll = frozenset(self._unplaced)
+        if self._listener is None:
+            return
+        if revoked:
+            self._listener.revoked(sorted(revoked))
+        if self._unplaced:
+            self.seek(self._listener.assigned(sorted(self._unplaced)))
+            self._unplaced = set()
+
+    def _consumer_config(self) -> dict[str, Any]:
+        return {
+            **self._settings.client_config(),
+            "enable_auto_commit": False,
+            "auto_offset_reset": "earliest",
+            "isolation_level": "read_committed",
+            "allow_auto_create_topics": False,
+            "max_partition_fetch_bytes": _FETCH_BYTES,
+            "metrics_enabled": False,
+        }
+
+    def _spans(self, partitions: Sequence[int]) -> dict[int, PartitionSpan]:
+        asked = [kafka_partition(self._topic, partition) for partition in partitions]
+        with mapped():
+            firsts = self._consumer.beginning_offsets(asked)
+            ends = self._consumer.end_offsets(asked)
+        return {tp.partition: PartitionSpan(firsts[tp], ends[tp]) for tp in asked}
+
+    def _read_tail(self, reader: "KafkaConsumer", count: int) -> list[Record]:
+        partitions = [
+            kafka_partition(self._topic, partition)
+            for partition in sorted(reader.partitions_for_topic(self._topic) or ())
+        ]
+        reader.assign(partitions)
+        firsts, ends = reader.beginning_offsets(partitions), reader.end_offsets(partitions)
+        for tp in partitions:
+            reader.seek(tp, max(firsts[tp], ends[tp] - count))
+        records: list[Record] = []
+        deadline = time.monotonic() + _SAMPLE_TIMEOUT_S
+        while any(reader.position(tp) < ends[tp] for tp in partitions):
+            if time.monotonic() > deadline:
+                log.warning("only %d records of the topic could be looked at", len(records))
+                break
+            found = reader.poll(timeout_ms=200)
+            records += [_record(raw) for batch in found.values() for raw in batch]
+        return records
+
+
+class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
+    """Notes what happened: callbacks run inside the client, where nothing may block."""
+
+    def __init__(self) -> None:
+        self._revoked: set[TopicPartition] = set()
+        self._assigned: set[TopicPartition] = set()
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._revoked or self._assigned)
+
+    def on_partitions_revoked(self, revoked: Iterable[tuple[str, int]]) -> None:
+        gone = {TopicPartition(*tp) for tp in revoked}
+        self._revoked |= gone
+        self._assigned -= gone
+
+    def on_partitions_assigned(self, assigned: Iterable[tuple[str, int]]) -> None:
+        self._assigned |= {TopicPartition(*tp) for tp in assigned}
+
+    def take(self) -> tuple[set[TopicPartition], set[TopicPartition]]:
+        taken = self._revoked, self._assigned
+        self._revoked, self._assigned = set(), set()
+        return taken
+
+
+def _record(raw: Any) -> Record:  # noqa: ANN401 - kafka-python's ConsumerRecord has no type
+    return Record(
+        topic=raw.topic,
+        partition=raw.partition,
+        offset=raw.offset,
+        timestamp=_EPOCH + timedelta(milliseconds=raw.timestamp),
+        key=raw.key,
+        value=raw.value,
+        headers=tuple(raw.headers),
+    )
+
+
+def _timestamps(configs: Mapping[str, str]) -> Timestamps:
+    if configs["message.timestamp.type"] == "LogAppendTime":
+        return "log_append"
+    bound = configs.get("message.timestamp.after.max.ms", _FOREVER_MS)
+    return "create" if bound == _FOREVER_MS else "create_bounded"

@@ -1,0 +1,1 @@
+"""Where windows are kept between batches: SQLite for one worker, Redis for a group."""

@@ -1,0 +1,100 @@
+"""A crash at any boundary, at any occurrence, leaves what one clean run over the log gives."""
+
+from pathlib import Path
+
+import pytest
+
+from llm4es.testing import Boundaries, Crash
+from tests.faults.worlds import World, shop_log, told
+
+BOUNDARIES = [
+    "after poll",
+    "before journal",
+    "after journal",
+    "before publish",
+    "after publish",
+    "before park",
+    "after park",
+    "before begin's end",
+    "after begin's end",
+    "before commit",
+    "after commit",
+]
+
+
+def world(folder: Path, seed: int = 3) -> World:
+    folder.mkdir()
+    return World(folder, shop_log(seed))
+
+
+@pytest.fixture(scope="module")
+def event_by_event(tmp_path_factory: pytest.TempPathFactory) -> World:
+    clean = world(tmp_path_factory.mktemp("clean") / "world")
+    clean.work(batches=iter(lambda: 1, 0), every_event=True)
+    return clean
+
+
+def assert_equal_to_clean(crashed: World, clean: World) -> None:
+    rows = {told(row)[:2]: told(row) for row in clean.sink.offline}
+    assert crashed.windows() == clean.windows()
+    assert crashed.dead() == clean.dead()
+    assert {k: told(row) for k, row in crashed.sink.online.items()} == {
+        k: told(row) for k, row in clean.sink.online.items()
+    }
+    for row in crashed.sink.offline:
+        assert told(row) == rows[told(row)[:2]]
+    newest = {row.entity_id: told(row) for row in sorted(crashed.sink.offline, key=told)}
+    assert newest == {k: told(row) for k, row in crashed.sink.online.items()}
+
+
+@pytest.mark.parametrize("every_event", [False, True])
+@pytest.mark.parametrize("occurrence", [1, 2, 5])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_a_crash_and_a_restart_leave_no_trace(
+    tmp_path: Path, event_by_event: World, boundary: str, occurrence: int, *, every_event: bool
+) -> None:
+    crashed = world(tmp_path / "world")
+    with pytest.raises(Crash):
+        crashed.work(boundaries=Boundaries(boundary, occurrence), every_event=every_event)
+    crashed.work(every_event=every_event)
+    assert_equal_to_clean(crashed, event_by_event)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_the_size_of_batches_leaves_no_trace(
+    tmp_path: Path, event_by_event: World, batch: int
+) -> None:
+    batched = world(tmp_path / "world")
+    batched.work(batches=iter(lambda: batch, 0))
+    assert_equal_to_clean(batched, event_by_event)
+
+
+def test_a_store_that_lost_everything_is_rebuilt_from_the_logs_start(
+    tmp_path: Path, event_by_event: World
+) -> None:
+    lost = world(tmp_path / "world")
+    lost.work()
+    assert lost.group  # the group is at the end, the store will know nothing
+    for file in lost.folder.glob("windows.db*"):
+        file.unlink()
+    lost.work()
+    assert_equal_to_clean(lost, event_by_event)
+
+
+def test_a_group_that_lost_its_offsets_folds_nothing_twice(
+    tmp_path: Path, event_by_event: World
+) -> None:
+    behind = world(tmp_path / "world")
+    behind.work()
+    behind.group.clear()
+    before = len(behind.sink.offline)
+    behind.work()
+    assert len(behind.sink.offline) == before
+    assert_equal_to_clean(behind, event_by_event)
+
+
+def test_every_event_gives_a_row_for_each_event_that_was_accepted(event_by_event: World) -> None:
+    seen = [row.last_event_time for row in event_by_event.sink.offline]
+    as_ofs = [(row.entity_id, row.as_of) for row in event_by_event.sink.offline]
+    assert len(as_ofs) == len(set(as_ofs)) > len(event_by_event.sink.online)
+    assert seen

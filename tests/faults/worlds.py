@@ -1,0 +1,141 @@
+"""A worker on a scripted log, a real SQLite window store and a sink in memory."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+from llm4es.bundle import Bundle
+from llm4es.events import Record
+from llm4es.features import FeatureRow
+from llm4es.testing import (
+    Boundaries,
+    Crashing,
+    LengthEmbedder,
+    MemorySink,
+    ScriptedLog,
+    modelless_bundle,
+)
+from llm4es.windows import WindowPolicy
+from stream_worker.metrics import Metrics
+from stream_worker.ports import (
+    DeadLetter,
+    LogDescription,
+    LogIdentity,
+    PartitionSpan,
+)
+from stream_worker.window_store.codec import encode_window
+from stream_worker.window_store.sqlite import SqliteWindowStore
+from stream_worker.worker import Parts, Worker, WorkerPolicy
+from tests.histories import payment, records, schema
+
+PARTITIONS = 2
+POLICY = WindowPolicy(
+    chapter_events=5,
+    max_chapter_tokens=300,
+    allowed_lateness=timedelta(seconds=50),
+    max_clock_skew=timedelta(seconds=5),
+)
+
+
+class ParkedLetters:
+    """Dead letters in memory."""
+
+    def __init__(self) -> None:
+        self.parked: list[DeadLetter] = []
+
+    def park(self, letters: Iterable[DeadLetter]) -> None:
+        self.parked += letters
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+def shop_log(seed: int, events: int = 160) -> list[Record]:
+    """Payments of five customers: some out of order, some late, some twice, some bad."""
+    rng = random.Random(seed)
+    documents: list[dict[str, object]] = []
+    for number in range(events):
+        second = number * 7 - rng.choice([0, 0, 0, 20, 90])
+        customer = f"c{rng.randrange(5)}"
+        amount: object = "much" if rng.random() < 0.05 else round(rng.uniform(1, 200), 2)
+        documents.append(payment(f"e{number}", second, customer=customer, amount=amount))
+        if rng.random() < 0.1:
+            documents.append(rng.choice(documents))
+    return records(documents, partitions=PARTITIONS)
+
+
+@dataclass
+class World:
+    """All that outlives a worker's death."""
+
+    folder: Path
+    log: list[Record]
+    bundle: Bundle = field(
+        default_factory=lambda: modelless_bundle(schema(), entity="customer", window=POLICY)
+    )
+    sink: MemorySink = field(default_factory=MemorySink)
+    letters: ParkedLetters = field(default_factory=ParkedLetters)
+    group: dict[Any, int] = field(default_factory=dict)
+
+    def describe(self) -> LogDescription:
+        return LogDescription(
+            identity=LogIdentity(topic="shop", topic_id="t", partitions=PARTITIONS),
+            spans={p: PartitionSpan(0, len(self.log)) for p in range(PARTITIONS)},
+            compacted=False,
+            timestamps="log_append",
+        )
+
+    def work(
+        self,
+        *,
+        batches: Iterable[int] = (),
+        boundaries: Boundaries | None = None,
+        every_event: bool = False,
+    ) -> Boundaries:
+        """Run a fresh worker to the log's end, or to the crash that the boundaries hold."""
+        passed = boundaries or Boundaries()
+        source = ScriptedLog(self.log, self.describe, batches)
+        source.group = self.group
+        store = SqliteWindowStore(self.folder / "windows.db", self.bundle.id)
+        parts = Parts(
+            bundle=self.bundle,
+            source=cast("Any", Crashing(source, passed, ["poll", "commit"])),
+            store=cast("Any", Crashing(store, passed, ["begin"])),
+            embedder=LengthEmbedder(self.bundle),
+            sink=cast("Any", Crashing(self.sink, passed, ["journal", "publish"])),
+            dead_letters=cast("Any", Crashing(self.letters, passed, ["park"])),
+            metrics=Metrics(),
+        )
+        policy = WorkerPolicy(max_records=8, every_event=every_event, until_end=True)
+        try:
+            Worker(parts, policy).run()
+        finally:
+            store.close()
+        return passed
+
+    def windows(self) -> dict[str, bytes]:
+        store = SqliteWindowStore(self.folder / "windows.db", self.bundle.id)
+        try:
+            found = {f"c{number}": store.read(f"c{number}") for number in range(5)}
+        finally:
+            store.close()
+        return {key: encode_window(window) for key, window in found.items() if window is not None}
+
+    def dead(self) -> set[tuple[int, int]]:
+        """Coordinates of the parked records; a letter may be there twice."""
+        return {(letter.record.partition, letter.record.offset) for letter in self.letters.parked}
+
+
+def told(row: FeatureRow) -> tuple[object, ...]:
+    """A row as something that can be compared; floats as the log would give them again."""
+    return (
+        row.entity_id,
+        row.as_of,
+        row.event_count,
+        row.last_event_id,
+        row.last_event_time,
+        tuple(round(float(value), 3) for value in row.embedding),
+    )
