@@ -46,7 +46,6 @@ class KafkaDeadLetters:
                 acks="all",
                 enable_idempotence=True,
                 max_request_size=largest + _OVERHEAD_BYTES,
-                buffer_memory=4 * (largest + _OVERHEAD_BYTES),
                 metrics_enabled=False,
             )
         except KafkaError as error:
