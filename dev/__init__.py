@@ -1,0 +1,1 @@
+"""What developing needs and the wheel does not carry: real servers, set-up, the stack."""
