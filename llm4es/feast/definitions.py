@@ -1,0 +1,221 @@
+"""What Feast is told of a bundle: entity, stream source, one view per bundle, a stable service.
+
+A view is a `StreamFeatureView` on the topic of events; what trains and backfills read is its
+`batch_source`, our offline log. Feast never runs this stream itself: the worker does, and reads
+topic and servers from the registry. All of it survives `feast apply` and needs no Spark.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+from feast import Entity, FeatureService, Field, FileSource, KafkaSource, StreamFeatureView
+from feast.data_format import JsonFormat, ParquetFormat
+from feast.types import Array, FeastType, Float32, Int64, String, UnixTimestamp
+from feast.value_type import ValueType
+from pydantic import ValidationError
+
+from llm4es.bundle import Bundle, Manifest
+from llm4es.errors import BundleMismatch
+from llm4es.features import SumsLayout, service_name, view_name
+from llm4es.rendering import Renderer, bucket_name
+from llm4es.schema import EventSchema, NumberField, QuantileBuckets, first_problem, load_schema
+from llm4es.surprise import SurpriseTracks
+
+__all__ = [
+    "FIELDS",
+    "TIMESTAMP_FIELD",
+    "Definitions",
+    "ViewSpec",
+    "define",
+    "join_key_of",
+    "read_view_spec",
+    "view_spec",
+    "view_tags",
+]
+
+TIMESTAMP_FIELD = "event_timestamp"  # FeatureRow.as_of
+FIELDS: dict[str, FeastType] = {
+    "embedding": Array(Float32),
+    "surprise": Array(Float32),
+    "surprise_last": Float32,
+    "event_count": Int64,
+    "last_event_id": String,
+    "last_event_time": UnixTimestamp,  # online in whole seconds: Feast keeps no more
+    "bundle_id": String,
+}
+_REMEDY = "export the bundle again, or copy it whole"
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSpec:
+    """What a view says of its bundle; no weights are needed for it."""
+
+    manifest: Manifest
+    schema: EventSchema
+    surprise_columns: tuple[str, ...]  # names of the served array, () where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Definitions:
+    """The objects to `feast apply`: a repository's file gives each a name of its own."""
+
+    entity: Entity
+    source: KafkaSource
+    view: StreamFeatureView
+    service: FeatureService
+
+    @property
+    def objects(self) -> list[Entity | KafkaSource | StreamFeatureView | FeatureService]:
+        """All of them, for `FeatureStore.apply`."""
+        return [self.entity, self.source, self.view, self.service]
+
+
+def view_spec(bundle: Bundle) -> ViewSpec:
+    """Describe a bundle that is loaded."""
+    return ViewSpec(bundle.manifest, bundle.schema, SumsLayout(bundle).columns)
+
+
+def read_view_spec(folder: Path) -> ViewSpec:
+    """Describe a bundle from its manifest and schema alone; its weights are not looked at.
+
+    Raises BundleMismatch where the manifest is not there or not readable, ConfigError for the
+    schema.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BundleMismatch(
+            f"bundle {folder}",
+            f"has no manifest.json ({error.strerror})",
+            "set LLM4ES_BUNDLE to a bundle's folder, or make one: python -m export quickstart",
+        ) from error
+    except ValidationError as error:
+        field, problem = first_problem(error)
+        raise BundleMismatch(
+            f"bundle {folder}", f"manifest.json: {field}: {problem}", _REMEDY
+        ) from error
+    schema = load_schema(folder / "schema.yaml")
+    if schema.sha256 != manifest.schema_sha256:
+        raise BundleMismatch(
+            f"bundle {folder}", "its schema is not the one it was trained with", _REMEDY
+        )
+    return ViewSpec(manifest, schema, _surprise_columns(manifest, schema))
+
+
+def define(
+    spec: ViewSpec,
+    *,
+    topic: str,
+    bootstrap_servers: str,
+    offline_path: str,
+    watermark_s: float,
+    ttl: timedelta | None = None,
+) -> Definitions:
+    """Define entity, source, view and service of one bundle.
+
+    `offline_path` is the folder under which the view's offline log stands, one folder per view;
+    a relative one is relative to the feature repository, wherever a reader runs. `watermark_s`
+    is how late an event may come. `ttl` bounds point-in-time joins; without it rows are valid
+    for ever. Online, Feast enforces none.
+    """
+    manifest = spec.manifest
+    name = view_name(manifest.entity, manifest.id)
+    join_key = join_key_of(manifest.entity)
+    tags = view_tags(spec)
+    entity = Entity(
+        name=manifest.entity,
+        join_keys=[join_key],
+        value_type=ValueType.STRING,
+        description=f"The {manifest.entity} that events are about",
+    )
+    log = FileSource(
+        name=f"{name}_offline_log",
+        path=f"{offline_path.rstrip('/')}/{name}",
+        file_format=ParquetFormat(),
+        timestamp_field=TIMESTAMP_FIELD,
+        description="Every row that was served, as of when it was known",
+        tags={"join_key": join_key},
+    )
+    source = KafkaSource(
+        name=f"{name}_events",
+        kafka_bootstrap_servers=bootstrap_servers,
+        topic=topic,
+        timestamp_field=TIMESTAMP_FIELD,
+        message_format=JsonFormat(schema_json=_format_of(spec.schema)),
+        watermark_delay_threshold=timedelta(seconds=watermark_s),
+        batch_source=log,
+        description=f"Events of {manifest.entity}s, keyed by {manifest.entity}",
+        tags={"event_time_field": spec.schema.event_time.field},
+    )
+    with warnings.catch_warnings():  # "experimental": the parts used here are measured and tested
+        warnings.simplefilter("ignore", RuntimeWarning)
+        view = StreamFeatureView(
+            name=name,
+            entities=[entity],
+            ttl=ttl or timedelta(0),
+            schema=[Field(name=column, dtype=dtype) for column, dtype in FIELDS.items()],
+            source=source,
+            online=True,
+            offline=True,
+            tags=tags,
+            description=f"Embedding and surprise by bundle {manifest.id} ({manifest.base_model})",
+        )
+    service = FeatureService(
+        name=service_name(manifest.entity),
+        features=[view],
+        tags={"bundle_id": manifest.id},
+        description="The name readers use; ops move it from one bundle's view to the next",
+    )
+    return Definitions(entity, source, view, service)
+
+
+def view_tags(spec: ViewSpec) -> dict[str, str]:
+    """Tags of a bundle's view: what a worker checks at its start and a reader looks up."""
+    manifest = spec.manifest
+    scales = manifest.model_dump(mode="json")["pooling"]["scales"]
+    return {
+        "bundle_id": manifest.id,
+        "dim": str(manifest.dim),
+        "entity": manifest.entity,
+        "scales": _joined(scales),
+        "surprise_columns": _joined(spec.surprise_columns),
+        "schema_sha256": manifest.schema_sha256,
+        "rendering_sha256": manifest.rendering_sha256,
+        "licence": manifest.licence,
+    }
+
+
+def join_key_of(entity: str) -> str:
+    """Name of the column that holds an entity's id: customer -> customer_id."""
+    return f"{entity}_id"
+
+
+def _surprise_columns(manifest: Manifest, schema: EventSchema) -> tuple[str, ...]:
+    if manifest.surprise is None:
+        return ()
+    # Learnt edges change an event's text, never the names of its columns.
+    edges = {
+        bucket_name(kind, name): np.zeros(0)
+        for kind, event_type in schema.types.items()
+        for name, field in event_type.fields.items()
+        if isinstance(field, NumberField) and isinstance(field.buckets, QuantileBuckets)
+    }
+    renderer = Renderer(schema, manifest.rendering, edges)
+    return SurpriseTracks(schema, renderer).columns(manifest.pooling.scales)
+
+
+def _format_of(schema: EventSchema) -> str:
+    fields = {
+        name: field.kind for kind in schema.types.values() for name, field in kind.fields.items()
+    }
+    return json.dumps({"name": schema.name, "fields": fields}, sort_keys=True)
+
+
+def _joined(values: Sequence[object]) -> str:
+    return ",".join(str(value) for value in values)

@@ -1,0 +1,169 @@
+"""Rows in Redis, as Feast's Redis store keeps them, written by compare-and-set.
+
+    key    serialized entity key + project
+    field  murmur3("view:feature") -> Value     "_ts:view" -> protobuf Timestamp
+
+The script decodes the timestamp that stands and compares (seconds, nanos) exactly, so a row
+that stock Feast wrote is respected like one of ours, and Feast's own check (read, then write)
+cannot lose a race to us. Feast's readers notice no difference.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from hashlib import sha1
+from typing import Any
+
+from feast.infra.online_stores.helpers import _mmh3, _redis_key
+from feast.infra.online_stores.redis import RedisOnlineStore, RedisType, _versioned_fv_name
+from google.protobuf.timestamp_pb2 import Timestamp
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from llm4es.errors import SinkRejected, SinkUnavailable
+from llm4es.feast.online import ViewTarget, encode_row
+from llm4es.features import FeatureRow
+
+__all__ = ["RedisRows", "translate_redis_error"]
+
+# KEYS: entity. ARGV: seconds, nanos, ttl (0: none), then the hash's fields and values, the
+# timestamp's first. Gives 1 written, 0 the same stands, -1 a newer one stands.
+_SCRIPT = """
+local function decode(bytes)
+  local seconds, nanos, at = 0, 0, 1
+  while at <= #bytes do
+    local tag, value, scale = string.byte(bytes, at), 0, 1
+    at = at + 1
+    repeat
+      local byte = string.byte(bytes, at)
+      at = at + 1
+      value = value + (byte % 128) * scale
+      scale = scale * 128
+    until byte < 128
+    if tag == 8 then seconds = value elseif tag == 16 then nanos = value end
+  end
+  return seconds, nanos
+end
+local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
+local standing = redis.call('HGET', KEYS[1], ARGV[4])
+if standing then
+  local stood_s, stood_n = decode(standing)
+  if stood_s > seconds or (stood_s == seconds and stood_n > nanos) then return -1 end
+  if stood_s == seconds and stood_n == nanos then return 0 end
+end
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
+return 1
+"""
+_SCRIPT_SHA = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+_SUPERSEDED = -1
+_PIPELINED = 512  # rows of one round trip
+# Answers of a server that is there and cannot write now.
+_PASSING = (
+    "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY",
+    "TRYAGAIN", "UNKILLABLE",
+)  # fmt: skip
+
+
+class RedisRows:
+    """Compare-and-set into the hashes of Feast's Redis store, a batch per round trip."""
+
+    def __init__(self, target: ViewTarget) -> None:
+        config = target.store.config
+        self._target = target
+        self._project = config.project
+        self._key_version = config.entity_key_serialization_version
+        self._ttl = str(config.online_store.key_ttl_seconds or 0)
+        self._cluster = config.online_store.redis_type == RedisType.redis_cluster
+        name = _versioned_fv_name(target.view, config)
+        self._timestamp_field = f"_ts:{name}".encode()
+        self._fields = {
+            feature.name: _mmh3(f"{name}:{feature.name}") for feature in target.view.features
+        }
+        try:
+            # Feast's own reading of the connection string: TLS, Sentinel and Cluster included.
+            self._client: Any = RedisOnlineStore()._get_client(config.online_store)  # noqa: SLF001
+            self._client.ping()
+        except (RedisError, OSError) as error:
+            raise translate_redis_error(error) from error
+
+    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+        """See OnlineRows."""
+        superseded = []
+        for start in range(0, len(rows), _PIPELINED):
+            chunk = rows[start : start + _PIPELINED]
+            for row, answer in zip(chunk, self._execute(chunk), strict=True):
+                if answer == _SUPERSEDED:
+                    superseded.append(row.entity_id)
+        return superseded
+
+    def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
+        """See OnlineRows; exact to the microsecond."""
+        try:
+            pipe = self._client.pipeline(transaction=False)
+            for entity_id in entity_ids:
+                pipe.hget(self._key(entity_id), self._timestamp_field)
+            found = pipe.execute()
+        except (RedisError, OSError) as error:
+            raise translate_redis_error(error) from error
+        return [None if value is None else _moment(value) for value in found]
+
+    def sync(self) -> None:
+        """Nothing: durability is the server's configuration."""
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _execute(self, rows: Sequence[FeatureRow]) -> list[int]:
+        calls = [(self._key(row.entity_id), *self._arguments(row)) for row in rows]
+        try:
+            answers = self._send(calls)
+            if any(isinstance(answer, NoScriptError) for answer in answers):
+                self._client.script_load(_SCRIPT)
+                answers = self._send(calls)  # rows that were written answer "the same stands"
+        except (RedisError, OSError) as error:
+            raise translate_redis_error(error) from error
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise translate_redis_error(answer) from answer
+        return answers
+
+    def _send(self, calls: Sequence[tuple[bytes | str | int, ...]]) -> list[Any]:
+        pipe = self._client.pipeline(transaction=False)
+        for call in calls:
+            if self._cluster:  # a cluster's pipeline refuses EVALSHA
+                pipe.eval(_SCRIPT, 1, *call)
+            else:
+                pipe.evalsha(_SCRIPT_SHA, 1, *call)
+        answers: list[Any] = pipe.execute(raise_on_error=False)
+        return answers
+
+    def _key(self, entity_id: str) -> bytes:
+        key: bytes = _redis_key(
+            self._project, self._target.entity_key(entity_id), self._key_version
+        )
+        return key
+
+    def _arguments(self, row: FeatureRow) -> list[bytes | str | int]:
+        moment = Timestamp()
+        moment.FromDatetime(row.as_of)
+        arguments: list[bytes | str | int] = [moment.seconds, moment.nanos, self._ttl]
+        arguments += [self._timestamp_field, moment.SerializeToString()]
+        for name, value in encode_row(row).items():
+            arguments += [self._fields[name], value]
+        return arguments
+
+
+def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected:
+    """Say what an error of Redis means for a batch: try again, or stop."""
+    passing = isinstance(error, RedisConnectionError | RedisTimeoutError | OSError) or (
+        isinstance(error, ResponseError) and str(error).startswith(_PASSING)
+    )
+    message = f"online store redis: {type(error).__name__}: {error}"
+    return SinkUnavailable(message) if passing else SinkRejected(message)
+
+
+def _moment(value: bytes) -> datetime:
+    moment: datetime = Timestamp.FromString(value).ToDatetime(UTC)
+    return moment

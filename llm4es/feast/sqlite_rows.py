@@ -1,0 +1,189 @@
+"""Rows in SQLite, as Feast's SQLite store keeps them, written by compare-and-set.
+
+Feast keeps one table row per (entity, feature) and timestamps in whole seconds, and lets an
+older row overwrite a newer one. The exact timestamp stands beside the features as one more row,
+under a name that is no feature of the view: Feast reads it along and hands it to no one, and
+it goes when the table goes. It holds as long as the features' own second says the same; where
+stock Feast has written since, that second is what stands. (A stock write within the very second
+of ours cannot be told from ours.)
+
+The write-ahead log with synchronous=NORMAL survives a kill; `sync` makes it survive a power cut.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from feast.infra.key_encoding_utils import serialize_entity_key
+from feast.infra.online_stores.helpers import compute_table_id, extract_text_and_num
+from feast.infra.online_stores.sqlite import SqliteOnlineStore, _quote_id
+from feast.protos.feast.types.Value_pb2 import Value
+
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
+from llm4es.feast.online import ViewTarget, encode_row, scalars
+from llm4es.features import FeatureRow
+
+__all__ = ["SqliteRows", "translate_sqlite_error"]
+
+_EXACT = "__as_of_us"  # microseconds since 1970, in UTC
+_BUSY_TIMEOUT_S = 10.0
+_ASKED = 500  # entities of one query
+_MILLION = 1_000_000
+_PRIMARY_CODE = 0xFF
+_PASSING = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PROTOCOL,
+}  # fmt: skip
+
+
+class SqliteRows:
+    """Compare-and-set into the table of Feast's SQLite store, one transaction per batch."""
+
+    def __init__(self, target: ViewTarget) -> None:
+        config = target.store.config
+        self._target = target
+        self._key_version = config.entity_key_serialization_version
+        name = compute_table_id(
+            config.project, target.view, config.registry.enable_online_feature_view_versioning
+        )
+        self._table = _quote_id(name)
+        path = Path(SqliteOnlineStore._get_db_path(config))  # noqa: SLF001 - Feast's own answer
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            tables = self._connection.execute(
+                "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,)
+            ).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            raise translate_sqlite_error(error) from error
+        if not tables:
+            self._connection.close()
+            raise ConfigError(
+                "online_store",
+                f"{path} has no table of view {target.view.name}",
+                f"run: feast -c {target.store.repo_path} apply",
+            )
+        self._upsert = (
+            f"INSERT INTO {self._table} "  # noqa: S608 - the name is quoted, values are bound
+            "(entity_key, feature_name, value, value_text, event_ts) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (entity_key, feature_name) DO UPDATE SET value = excluded.value, "
+            "value_text = excluded.value_text, event_ts = excluded.event_ts, created_ts = NULL"
+        )
+
+    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+        """See OnlineRows."""
+        keys = [self._key(row.entity_id) for row in rows]
+        superseded = []
+        with self._transaction():
+            standing = self._standing(keys)
+            for key, row in zip(keys, rows, strict=True):
+                moment, stood = _microseconds(row.as_of), standing.get(key)
+                if stood is None or stood < moment:
+                    self._connection.executemany(self._upsert, _table_rows(key, row))
+                elif stood > moment:
+                    superseded.append(row.entity_id)
+        return superseded
+
+    def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
+        """See OnlineRows; exact to the microsecond for rows of ours."""
+        keys = [self._key(entity_id) for entity_id in entity_ids]
+        try:
+            standing = self._standing(keys)
+        except sqlite3.Error as error:
+            raise translate_sqlite_error(error) from error
+        return [None if (moment := standing.get(key)) is None else _moment(moment) for key in keys]
+
+    def sync(self) -> None:
+        """Checkpoint the write-ahead log, which syncs it."""
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.Error as error:
+            raise translate_sqlite_error(error) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Hold the write lock from the first read on: what is compared is what is replaced."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise translate_sqlite_error(error) from error
+
+    def _standing(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """Microseconds of the row that stands, for the entities that have one."""
+        standing: dict[bytes, int] = {}
+        for start in range(0, len(keys), _ASKED):
+            asked = keys[start : start + _ASKED]
+            query = (
+                "SELECT entity_key, MAX(CASE WHEN feature_name <> ? THEN event_ts END), "  # noqa: S608
+                f"MAX(CASE WHEN feature_name = ? THEN value END) FROM {self._table} "
+                f"WHERE entity_key IN ({','.join('?' * len(asked))}) GROUP BY entity_key"
+            )
+            for key, second, exact in self._connection.execute(query, (_EXACT, _EXACT, *asked)):
+                if second is not None:
+                    standing[key] = _reconcile(second, exact)
+        return standing
+
+    def _key(self, entity_id: str) -> bytes:
+        key: bytes = serialize_entity_key(self._target.entity_key(entity_id), self._key_version)
+        return key
+
+
+def translate_sqlite_error(error: Exception) -> SinkUnavailable | SinkRejected:
+    """Say what an error of SQLite means for a batch: try again, or stop."""
+    code = getattr(error, "sqlite_errorcode", None)
+    passing = isinstance(error, OSError) or (code is not None and code & _PRIMARY_CODE in _PASSING)
+    message = f"online store sqlite: {error}"
+    return SinkUnavailable(message) if passing else SinkRejected(message)
+
+
+def _table_rows(key: bytes, row: FeatureRow) -> Iterable[tuple[bytes, str, bytes, str | None, int]]:
+    second = _feast_second(row.as_of)
+    texts = {
+        name: extract_text_and_num(value, compute_num=False)[0]
+        for name, value in scalars(row).items()
+    }
+    for name, value in encode_row(row).items():
+        yield key, name, value, texts.get(name), second
+    exact = Value(int64_val=_microseconds(row.as_of)).SerializeToString()
+    yield key, _EXACT, exact, None, second
+
+
+def _reconcile(second: int, exact: bytes | None) -> int:
+    if exact is not None:
+        ours: int = Value.FromString(exact).int64_val
+        if _feast_second(_moment(ours)) == second:
+            return ours
+    naive = datetime.fromtimestamp(second)  # noqa: DTZ006 - as Feast's converter reads it
+    return _microseconds(naive.replace(tzinfo=UTC))
+
+
+def _feast_second(moment: datetime) -> int:
+    """Turn a moment into what Feast's adapter stores: UTC taken for local time."""
+    return int(moment.astimezone(UTC).replace(tzinfo=None).timestamp())
+
+
+def _microseconds(moment: datetime) -> int:
+    return round(moment.replace(microsecond=0).timestamp()) * _MILLION + moment.microsecond
+
+
+def _moment(microseconds: int) -> datetime:
+    second, rest = divmod(microseconds, _MILLION)
+    return datetime.fromtimestamp(second, UTC).replace(microsecond=rest)
