@@ -1,0 +1,1 @@
+"""From event logs to a bundle; run as `python -m export`."""

@@ -1,0 +1,246 @@
+"""Corpus: from a file of records to the chapters a model is trained on.
+
+Everything that decides what a model reads (parsing, identity and order, cutting, rendering,
+tokenizing) is done by `llm4es`, by the very code that serves.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from llm4es.errors import ConfigError, InvalidEvent
+from llm4es.events import Event, coordinates_id, decode_object, parse_event
+from llm4es.rendering import bucket_name
+from llm4es.schema import EventSchema, NumberField, QuantileBuckets
+from llm4es.tokens import ChapterTokenizer, TokenizedChapter
+from llm4es.windows import WindowPolicy, cut_chapters
+
+__all__ = [
+    "Corpus",
+    "EventLog",
+    "TrainingChapter",
+    "cut_corpus",
+    "held_out_entities",
+    "learn_buckets",
+    "read_log",
+    "rough_chapters",
+]
+
+logger = logging.getLogger(__name__)
+
+_PARQUET_ROWS = 4096
+_BLOCK = 1 << 20
+_HELD_OUT_OF = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventLog:
+    """A file's events by entity, each history ordered by key and without duplicates."""
+
+    histories: Mapping[str, tuple[Event, ...]]  # sorted by entity id
+    records: int
+    duplicates: int
+    without_entity: int  # records that concern no entity of this kind
+    invalid: int
+    sha256: str  # of the file
+
+    @property
+    def events(self) -> int:
+        """Events in all."""
+        return sum(len(history) for history in self.histories.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingChapter:
+    """A chapter as the model reads it, behind the header."""
+
+    entity_id: str
+    types: tuple[str, ...]  # of its events
+    tokens: TokenizedChapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Chapters of the entities that are learnt from, and of those held out."""
+
+    train: tuple[TrainingChapter, ...]
+    held_out: tuple[TrainingChapter, ...]
+    too_long: int  # events whose line alone is longer than a chapter may be
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean length of a chapter, the header not counted."""
+        chapters = [*self.train, *self.held_out]
+        return float(np.mean([len(chapter.tokens.ids) for chapter in chapters]))
+
+
+def read_log(path: Path, schema: EventSchema, *, entity: str) -> EventLog:
+    """Read a .jsonl or .parquet file through `parse_event`.
+
+    Of two records with one identity the first stands. A record that does not parse is skipped,
+    as the worker skips it, and counted in a warning. Raises ConfigError for a file that cannot
+    be read and for one that holds no event of the entity.
+    """
+    key_field = schema.entity(entity).field
+    found: dict[str, dict[tuple[object, ...], Event]] = {}
+    records = duplicates = without_entity = invalid = 0
+    first_problem = ""
+    for offset, value in enumerate(_values(path)):
+        records += 1
+        try:
+            if decode_object(value).get(key_field) is None:
+                without_entity += 1
+                continue
+            coordinates = coordinates_id(path.name, 0, offset)
+            event = parse_event(value, schema, entity=entity, coordinates=coordinates)
+        except InvalidEvent as error:
+            invalid += 1
+            first_problem = first_problem or f"record {offset}: {error}"
+            continue
+        history = found.setdefault(event.entity_id, {})
+        duplicates += event.key in history
+        history.setdefault(event.key, event)
+    if invalid:
+        logger.warning(
+            "%d of %d records are no events and are left out (%s)", invalid, records, first_problem
+        )
+    if not found:
+        raise ConfigError(
+            "events",
+            f"{path} holds no event of entity {entity!r} ({records} records read)",
+            "name a log that fits the schema",
+        )
+    return EventLog(
+        histories={
+            entity_id: tuple(sorted(found[entity_id].values(), key=lambda event: event.key))
+            for entity_id in sorted(found)
+        },
+        records=records,
+        duplicates=duplicates,
+        without_entity=without_entity,
+        invalid=invalid,
+        sha256=_hash_file(path),
+    )
+
+
+def held_out_entities(entity_ids: Iterable[str], share: float) -> frozenset[str]:
+    """Choose by its id alone who is never learnt from: at least one of two, never all."""
+    by_hash = sorted((_place(entity_id), entity_id) for entity_id in entity_ids)
+    chosen = [entity_id for place, entity_id in by_hash if place < share * _HELD_OUT_OF]
+    if not chosen and len(by_hash) > 1:
+        chosen = [by_hash[0][1]]
+    return frozenset(chosen if len(chosen) < len(by_hash) else chosen[: len(by_hash) - 1])
+
+
+def learn_buckets(
+    schema: EventSchema, histories: Iterable[Sequence[Event]]
+) -> dict[str, NDArray[np.float64]]:
+    """Edges (n,), strictly rising, at equally likely values of each field that asks for them.
+
+    By the name of the bundle's array. A field with no value at all gets one edge, at 0.
+    """
+    wanted = {
+        (kind, name): field.buckets.quantiles
+        for kind, spec in schema.types.items()
+        for name, field in spec.fields.items()
+        if isinstance(field, NumberField) and isinstance(field.buckets, QuantileBuckets)
+    }
+    values: dict[tuple[str, str], list[float]] = {key: [] for key in wanted}
+    for event in chain.from_iterable(histories):
+        for name, value in event.fields.items():
+            if (event.type, name) in values and isinstance(value, int | float):
+                values[event.type, name].append(float(value))
+    return {
+        bucket_name(kind, name): _edges(values[kind, name], count)
+        for (kind, name), count in wanted.items()
+    }
+
+
+def rough_chapters(history: Sequence[Event], policy: WindowPolicy) -> Iterator[tuple[Event, ...]]:
+    """Cut by anchors alone: what a tokenizer is trained on, before there is one to measure by."""
+    for chapter in cut_chapters(history, policy, lambda _event, _earlier: 0):
+        yield chapter.events
+
+
+def cut_corpus(
+    log: EventLog, held_out: frozenset[str], policy: WindowPolicy, tokens: ChapterTokenizer
+) -> Corpus:
+    """Cut every history as a window is cut, and tokenize its chapters as the engine does.
+
+    Raises ConfigError where no line is short enough for a chapter.
+    """
+    split: tuple[list[TrainingChapter], list[TrainingChapter]] = ([], [])
+    too_long = 0
+    for entity_id, history in log.histories.items():
+        fits = [e for e in history if tokens.measure(e, ()) <= policy.max_chapter_tokens]
+        too_long += len(history) - len(fits)
+        if not fits:
+            continue
+        split[entity_id in held_out].extend(
+            TrainingChapter(
+                entity_id=entity_id,
+                types=tuple(event.type for event in chapter.events),
+                tokens=tokens.tokenize(chapter.events),
+            )
+            for chapter in cut_chapters(fits, policy, tokens.measure)
+        )
+    if too_long:
+        logger.warning(
+            "%d events have lines longer than a chapter may be (%d tokens) and are left out",
+            too_long,
+            policy.max_chapter_tokens,
+        )
+    train, kept = split
+    if not train:
+        raise ConfigError(
+            "window.max_chapter_tokens",
+            f"no training event fits into {policy.max_chapter_tokens} tokens",
+            "allow longer chapters, or render fewer fields",
+        )
+    return Corpus(train=tuple(train), held_out=tuple(kept), too_long=too_long)
+
+
+def _values(path: Path) -> Iterator[bytes]:
+    if path.suffix not in {".jsonl", ".parquet"}:
+        raise ConfigError(
+            "events", f"{path} is neither .jsonl nor .parquet", "name a file of these"
+        )
+    try:
+        if path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                yield from (line.rstrip(b"\r\n") for line in lines)
+        else:
+            for batch in pq.ParquetFile(path).iter_batches(_PARQUET_ROWS):
+                yield from map(msgspec.json.encode, batch.to_pylist())
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError("events", f"{path} cannot be read ({error})", "name a log") from error
+
+
+def _place(entity_id: str) -> int:
+    digest = blake2b(entity_id.encode(), digest_size=8, person=b"held-out").digest()
+    return int.from_bytes(digest, "big") % _HELD_OUT_OF
+
+
+def _edges(values: Sequence[float], count: int) -> NDArray[np.float64]:
+    if not values:
+        return np.zeros(1)
+    inner = np.arange(1, count) / count
+    return np.unique(np.quantile(np.array(values), inner))
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

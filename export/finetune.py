@@ -1,0 +1,253 @@
+"""Training: next-token prediction on chapters, by Hugging Face's Trainer."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from export.corpus import TrainingChapter
+from export.recipe import Training
+from llm4es.errors import LLM4ESError
+
+__all__ = ["Trained", "mean_nats", "train"]
+
+_IGNORED = -100  # a label that cross entropy leaves out
+_LOG_EVERY = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What training did; losses in nats per token of the chapters, the header left out."""
+
+    steps: int
+    epochs: float
+    train_loss: float
+
+
+def train(
+    model: PreTrainedModel,
+    header: NDArray[np.int64],
+    chapters: Sequence[TrainingChapter],
+    recipe: Training,
+    console: Console,
+) -> Trained:
+    """Train `model` in place on the header (H,) and each chapter; fp32, seeded.
+
+    Leaves nothing on disk. Raises LLM4ESError where the loss is no longer finite.
+    """
+    collate = _Collator(pad_id=_pad_id(model))
+    data = _Chapters(header, chapters)
+    with tempfile.TemporaryDirectory(prefix="llm4es-train-") as scratch, _quietly():
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=recipe.epochs,
+            max_steps=recipe.steps if recipe.steps is not None else -1,
+            per_device_train_batch_size=recipe.batch_chapters,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_ratio=recipe.warmup_share,
+            weight_decay=recipe.weight_decay,
+            adam_beta2=recipe.beta2,
+            max_grad_norm=recipe.max_grad_norm,
+            group_by_length=True,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=_LOG_EVERY,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=[_Bar(console, collate)],
+        )
+        trainer.remove_callback(PrinterCallback)  # it talks on stdout, which is for results
+        done = trainer.train()
+    model.eval()
+    if not np.isfinite(done.training_loss):
+        msg = "training diverged (the loss is not finite): lower the learning rate"
+        raise LLM4ESError(msg)
+    return Trained(
+        steps=done.global_step,
+        epochs=float(trainer.state.epoch or 0.0),
+        train_loss=float(done.training_loss),
+    )
+
+
+def mean_nats(
+    model: PreTrainedModel, header: NDArray[np.int64], chapters: Sequence[TrainingChapter]
+) -> float | None:
+    """Mean loss in nats per token of the chapters; None without chapters."""
+    if not chapters:
+        return None
+    collate = _Collator(pad_id=_pad_id(model))
+    data = _Chapters(header, chapters)
+    total = 0.0
+    tokens = 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for index in range(len(data)):
+            batch = {name: each.to(model.device) for name, each in collate([data[index]]).items()}
+            count = len(chapters[index].tokens.ids)
+            total += float(model(**batch).loss) * count
+            tokens += count
+    model.train(was_training)
+    return total / tokens
+
+
+class _Chapters(Dataset[dict[str, list[int]]]):
+    """Header and chapter as `input_ids`; `labels` leave the header out of the loss."""
+
+    def __init__(self, header: NDArray[np.int64], chapters: Sequence[TrainingChapter]) -> None:
+        front = header.tolist()
+        self._items = [
+            {
+                "input_ids": [*front, *chapter.tokens.ids.tolist()],
+                "labels": [*([_IGNORED] * len(front)), *chapter.tokens.ids.tolist()],
+            }
+            for chapter in chapters
+        ]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self._items[index]
+
+
+class _Collator:
+    """Pads on the right, and counts the tokens that it has seen."""
+
+    def __init__(self, *, pad_id: int) -> None:
+        self._pad_id = pad_id
+        self.tokens = 0
+
+    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        self.tokens += int(lengths.sum())
+        return {
+            "input_ids": _pad([item["input_ids"] for item in items], self._pad_id),
+            "labels": _pad([item["labels"] for item in items], _IGNORED),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        }
+
+
+class _Bar(TrainerCallback):
+    """A progress bar on stderr: steps, loss, tokens per second, time left."""
+
+    def __init__(self, console: Console, collate: _Collator) -> None:
+        self._collate = collate
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tok/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the Trainer's signature
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: object,  # noqa: ARG002
+    ) -> None:
+        """Show the bar."""
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=state.max_steps, loss="-", speed="-")
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the Trainer's signature
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: object,  # noqa: ARG002
+    ) -> None:
+        """Advance it."""
+        if self._task is None:
+            return
+        elapsed_s = self._progress.tasks[0].elapsed or 0.0
+        speed = f"{self._collate.tokens / elapsed_s:,.0f}" if elapsed_s else "-"
+        self._progress.update(self._task, completed=state.global_step, speed=speed)
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,
+        **kwargs: object,  # noqa: ARG002
+    ) -> None:
+        """Show the loss."""
+        if self._task is not None and logs and "loss" in logs:
+            self._progress.update(self._task, loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: object,  # noqa: ARG002
+    ) -> None:
+        """Leave it standing."""
+        self._progress.stop()
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Ragged rows to (B, L) int64, padded on the right."""
+    padded = torch.full((len(rows), max(map(len, rows))), value)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row)
+    return padded
+
+
+def _pad_id(model: PreTrainedModel) -> int:
+    """Any id will do: padding is masked, and its loss left out."""
+    found = model.config.pad_token_id
+    return int(found) if found is not None else 0
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
