@@ -36,6 +36,11 @@ FieldValue = str | int | float | bool | tuple[str, ...] | None
 EventKey = tuple[datetime, str, str]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# What 64 bits of nanoseconds hold, in whole years: pandas and Feast keep times so, and "a day
+# before" has to be a time too.
+_EARLIEST = datetime(1678, 1, 1, tzinfo=UTC)
+_LATEST = datetime(2262, 1, 1, tzinfo=UTC)
+_SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # integers that a stored window holds
 _MAX_ID_LENGTH = 512
 _NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 
@@ -160,9 +165,14 @@ def _event_time(document: Mapping[str, Any], spec: EventTime) -> datetime:
     if raw is None:
         raise InvalidEvent(spec.field, "the event time is missing")
     try:
-        return _from_iso(raw) if spec.format == "iso8601" else _from_epoch(raw, spec.unit)
+        moment = _from_iso(raw) if spec.format == "iso8601" else _from_epoch(raw, spec.unit)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidEvent(spec.field, f"is no {spec.format} time ({error})") from error
+    if not _EARLIEST <= moment < _LATEST:
+        raise InvalidEvent(
+            spec.field, f"year {moment.year} is not in {_EARLIEST.year} to {_LATEST.year - 1}"
+        )
+    return moment
 
 
 def _from_iso(raw: object) -> datetime:
@@ -210,7 +220,8 @@ def _number(name: str, raw: object) -> float | int:
         finite = False
     if not finite:
         raise InvalidEvent(name, "a finite number is due")
-    return raw
+    # A longer integer is read as other JSON parsers do: to the precision of a double.
+    return raw if _SMALLEST <= raw <= _LARGEST else float(raw)
 
 
 def _category(name: str, spec: CategoryField, raw: object) -> str:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
+from llm4es.errors import NonFiniteEmbedding
 from llm4es.events import Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow, SumsLayout, token_weights
 from llm4es.rendering import Renderer, RenderingSpec
@@ -28,11 +30,22 @@ __all__ = [
     "Boundaries",
     "Crash",
     "Crashing",
+    "Interrupted",
     "LengthEmbedder",
     "MemorySink",
+    "PoisonedEmbedder",
     "ScriptedLog",
+    "byte_tokenizer",
     "modelless_bundle",
 ]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Make a tokenizer of 256 ids: one token per byte."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    return tokenizer
 
 
 def modelless_bundle(
@@ -43,10 +56,7 @@ def modelless_bundle(
     rendering: RenderingSpec | None = None,
     bundle_id: str = "00000000test",
 ) -> Bundle:
-    """Bundle of a tokenizer that has one token per byte, for `LengthEmbedder`: no folder."""
-    alphabet = sorted(ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    """Bundle with `byte_tokenizer`, for `LengthEmbedder`: no folder."""
     renderer = Renderer(schema, rendering or RenderingSpec())
     pooling = Pooling(layers=(0,), scales=(math.inf, 4.0))
     manifest = Manifest(
@@ -70,7 +80,7 @@ def modelless_bundle(
         manifest=manifest,
         schema=schema,
         arrays={},
-        tokens=ChapterTokenizer(renderer, tokenizer, None),
+        tokens=ChapterTokenizer(renderer, byte_tokenizer(), None),
     )
 
 
@@ -113,6 +123,26 @@ class LengthEmbedder:
             np.zeros(count, dtype=np.float32),
             tuple(finished),
         )
+
+
+class PoisonedEmbedder:
+    """An embedder whose output is not finite for the windows that it is told of."""
+
+    def __init__(self, embedder: LengthEmbedder, poisonous: Callable[[Window], bool]) -> None:
+        self._embedder = embedder
+        self._poisonous = poisonous
+
+    @property
+    def half_lives(self) -> NDArray[np.float64]:
+        """Half-lives (n,) by which sums (n,) of chapters decay."""
+        return self._embedder.half_lives
+
+    def embed(self, windows: Sequence[Window]) -> Embedded:
+        """B windows -> vectors (B, scales), or NonFiniteEmbedding naming the rows."""
+        rows = tuple(row for row, window in enumerate(windows) if self._poisonous(window))
+        if rows:
+            raise NonFiniteEmbedding(rows)
+        return self._embedder.embed(windows)
 
 
 class ScriptedLog:
@@ -202,6 +232,32 @@ class MemorySink:
 
     def close(self) -> None:
         """Nothing to let go."""
+
+
+class Interrupted:
+    """Any part, with something that happens before each call of one method, while it lasts.
+
+    What happens may raise: then the call is not made.
+    """
+
+    def __init__(
+        self, part: object, method: str, happenings: Iterable[Callable[[], object]]
+    ) -> None:
+        self._part = part
+        self._method = method
+        self._happenings = iter(happenings)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - stands in for any part
+        found = getattr(self._part, name)
+        return self._call(found) if name == self._method else found
+
+    def _call(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object) -> object:
+            for happening in islice(self._happenings, 1):
+                happening()
+            return method(*args)
+
+        return call
 
 
 class Crash(BaseException):

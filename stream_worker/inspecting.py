@@ -76,7 +76,8 @@ def show_entity(settings: WorkerSettings, entity_id: str, *, as_json: bool) -> N
     if as_json:
         print(msgspec.json.encode(_document(bundle, window, chapters, online)).decode())  # noqa: T201 - the result
     else:
-        _print(Console(), bundle, window, chapters, online)
+        # Ids and text are data: brackets and colons in them are no markup.
+        _print(Console(markup=False, emoji=False), bundle, window, chapters, online)
 
 
 def _chapters(bundle: Bundle, embedder: OnnxEmbedder, window: Window) -> Iterator[_ChapterView]:
@@ -166,7 +167,7 @@ def _print(
     online: FeatureRow | None,
 ) -> None:
     console.print(_sides(bundle, window, online))
-    console.print(bundle.renderer.header.rstrip(), style="dim", highlight=False, markup=False)
+    console.print(bundle.renderer.header.rstrip(), style="dim", highlight=False)
     for number, chapter in enumerate(chapters):
         seen = "seen" if chapter.seen else "no longer seen"
         console.rule(

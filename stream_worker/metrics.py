@@ -1,12 +1,15 @@
 """What the worker counts, for Prometheus and for the live table."""
 
-from collections import Counter as Tally
-from collections import deque
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from llm4es.windows import Outcome
 from stream_worker.ports import DeadLetter
@@ -14,6 +17,16 @@ from stream_worker.ports import DeadLetter
 __all__ = ["Metrics", "Summary"]
 
 _RECENT = 10_000  # batches whose freshness is kept for the quantiles of the live table
+_COUNTERS: Mapping[str, tuple[str, str | None]] = {  # name: (what it counts, told apart by)
+    "records": ("Records polled", None),
+    "events": ("Events folded, by outcome", "outcome"),
+    "late_dropped": ("Events older than the allowed lateness", None),
+    "dead_letters": ("Records parked, by field", "field"),
+    "embeddings": ("Rows published", None),
+    "redelivered": ("Records that were folded already", None),
+    "fenced": ("Batches dropped for another worker's sake", None),
+    "retries": ("Batches read again, a store or log being away", None),
+}
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -32,28 +45,20 @@ class Summary:
     freshness_p99_s: float
 
 
-class Metrics:
-    """Counters in a registry of their own: two workers in one process do not mix."""
+class Metrics(Collector):
+    """Counts in a registry of its own, from which Prometheus reads them: two workers do not mix.
+
+    Prometheus' own counters are not used: once Feast is imported they count in files that all
+    registries of a process share.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._records = self._counter("records", "Records polled")
-        self._events = self._counter("events", "Events folded, by outcome", "outcome")
-        self._late = self._counter("late_dropped", "Events older than the allowed lateness")
-        self._dead = self._counter("dead_letters", "Records parked, by field", "field")
-        self._rows = self._counter("embeddings", "Rows published")
-        self._redelivered = self._counter("redelivered", "Records that were folded already")
-        self._fenced = self._counter("fenced", "Batches dropped for another worker's sake")
-        self._retries = self._counter("retries", "Batches read again, a store or log being away")
-        self._freshness = Histogram(
-            "llm4es_poll_to_readable_seconds",
-            "From poll to readable online",
-            registry=self.registry,
-            buckets=_BUCKETS,
-        )
+        self.registry.register(self)
+        self._tally: Counter[tuple[str, str]] = Counter()  # by counter and label
+        self._freshness = [0] * (len(_BUCKETS) + 1)  # rows by bucket, the last without a bound
+        self._freshness_sum_s = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)  # (seconds, rows)
-        self._tally: Tally[str] = Tally()
-        self._dead_by_field: Tally[str] = Tally()
         self._busy_s = 0.0
 
     def serve(self, port: int) -> None:
@@ -62,55 +67,78 @@ class Metrics:
 
     def batch(self, records: int, *, seconds: float) -> None:
         """Count a batch that is done, `seconds` after it was polled."""
-        self._records.inc(records)
-        self._tally["records"] += records
+        self._count("records", records)
         self._busy_s += seconds
 
     def published(self, rows: int, *, seconds: float) -> None:
         """Count rows that became readable online, `seconds` after their batch was polled."""
-        self._rows.inc(rows)
-        self._tally["rows"] += rows
-        if rows:
-            self._recent.append((seconds, rows))
-        for _ in range(rows):
-            self._freshness.observe(seconds)
+        if not rows:
+            return
+        self._count("embeddings", rows)
+        self._recent.append((seconds, rows))
+        self._freshness[bisect_left(_BUCKETS, seconds)] += rows
+        self._freshness_sum_s += rows * seconds
 
     def folded(self, outcomes: Mapping[Outcome, int], redelivered: int) -> None:
         """Count a batch's events by what folding did, and those its windows held already."""
         for outcome, count in outcomes.items():
-            self._events.labels(outcome).inc(count)
-            self._tally[outcome] += count
-        self._late.inc(outcomes.get(Outcome.LATE, 0))
-        self._redelivered.inc(redelivered)
+            self._count("events", count, outcome)
+        self._count("late_dropped", outcomes.get(Outcome.LATE, 0))
+        self._count("redelivered", redelivered)
 
     def dead(self, letters: Sequence[DeadLetter]) -> None:
         """Count parked records by the field at fault."""
         for letter in letters:
-            self._dead.labels(letter.cause.field).inc()
-            self._dead_by_field[letter.cause.field] += 1
+            self._count("dead_letters", 1, letter.cause.field)
 
     def fenced(self) -> None:
         """Count a batch that was dropped because another worker wrote a window."""
-        self._fenced.inc()
+        self._count("fenced", 1)
 
     def retried(self) -> None:
         """Count a batch that is read again because a store or the log was away."""
-        self._retries.inc()
+        self._count("retries", 1)
 
     def summary(self) -> Summary:
         """Give the figures so far; freshness is over the newest rows."""
         p50, p99 = self._quantiles()
         return Summary(
-            records=self._tally["records"],
-            accepted=self._tally[Outcome.ACCEPTED],
-            duplicates=self._tally[Outcome.DUPLICATE],
-            late=self._tally[Outcome.LATE],
-            dead_letters=dict(self._dead_by_field),
-            rows=self._tally["rows"],
+            records=self._tally["records", ""],
+            accepted=self._tally["events", Outcome.ACCEPTED],
+            duplicates=self._tally["events", Outcome.DUPLICATE],
+            late=self._tally["events", Outcome.LATE],
+            dead_letters=dict(self._labelled("dead_letters")),
+            rows=self._tally["embeddings", ""],
             busy_s=self._busy_s,
             freshness_p50_s=p50,
             freshness_p99_s=p99,
         )
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the figures as Prometheus reads them, from a thread of its own."""
+        for name, (text, label) in _COUNTERS.items():
+            counter = CounterMetricFamily(f"llm4es_{name}", text, labels=[label] if label else [])
+            if label is None:
+                counter.add_metric([], self._tally[name, ""])
+            for value, count in self._labelled(name) if label else ():
+                counter.add_metric([value], count)
+            yield counter
+        histogram = HistogramMetricFamily(
+            "llm4es_poll_to_readable_seconds", "From poll to readable online"
+        )
+        bounds = [*map(str, _BUCKETS), "+Inf"]
+        rows = list(accumulate(self._freshness))
+        histogram.add_metric([], list(zip(bounds, rows, strict=True)), self._freshness_sum_s)
+        yield histogram
+
+    def _count(self, name: str, count: int, label: str = "") -> None:
+        self._tally[name, label] += count
+
+    def _labelled(self, name: str) -> list[tuple[str, int]]:
+        # A copy: the loop may be counting meanwhile.
+        return [
+            (label, n) for (known, label), n in sorted(self._tally.copy().items()) if known == name
+        ]
 
     def _quantiles(self) -> tuple[float, float]:
         if not self._recent:
@@ -118,6 +146,3 @@ class Metrics:
         seconds = np.repeat([entry[0] for entry in self._recent], [e[1] for e in self._recent])
         p50, p99 = np.quantile(seconds, (0.5, 0.99))
         return float(p50), float(p99)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"llm4es_{name}", text, labels, registry=self.registry)

@@ -3,16 +3,21 @@
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from textwrap import dedent
 
 import numpy as np
+import pandas as pd
+from feast import FeatureStore
 from numpy.typing import NDArray
 
 from llm4es.bundle import Manifest, Pooling, SurpriseSpec, Training
-from llm4es.feast import ViewSpec
+from llm4es.feast import ViewSpec, define
 from llm4es.feast.definitions import read_view_spec
+from llm4es.feast.journal import rows_to_batch
 from llm4es.features import FeatureRow
 from llm4es.rendering import RenderingSpec
 from llm4es.schema import load_schema
@@ -21,6 +26,7 @@ from llm4es.windows import WindowPolicy
 ROOT = Path(__file__).resolve().parent.parent
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+FAR_SECONDS = timedelta(days=365 * 60)  # past 2038, where 32 bits of seconds end
 BUNDLE_ID = "0123456789ab"
 DIM = 8
 
@@ -66,10 +72,13 @@ def make_spec(
 
 
 def make_repo(folder: Path, *, redis_url: str | None = None, extra: str = "") -> Path:
-    """Write a feature repository: ours, with SQLite or with the Redis at host:port."""
+    """Write a feature repository: ours, with SQLite or with the Redis at host:port.
+
+    `extra` are further settings of the online store, with a comma in front.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     online = (
-        "{type: sqlite, path: data/online.db}"
+        f"{{type: sqlite, path: data/online.db{extra}}}"
         if redis_url is None
         else f'{{type: redis, connection_string: "{redis_url},socket_timeout=5"{extra}}}'
     )
@@ -85,6 +94,29 @@ def make_repo(folder: Path, *, redis_url: str | None = None, extra: str = "") ->
     )
     (folder / "definitions.py").write_text((ROOT / "feature_repo/definitions.py").read_text())
     return folder
+
+
+def apply(repo: Path, spec: ViewSpec) -> FeatureStore:
+    """Register a bundle's view from here: as `feast apply` does, without starting Python anew."""
+    store = FeatureStore(repo_path=str(repo))
+    definitions = define(
+        spec,
+        topic="payments",
+        bootstrap_servers="localhost:9092",
+        offline_path="data/offline",
+        watermark_s=60,
+    )
+    with warnings.catch_warnings():  # Feast calls stream feature views experimental
+        warnings.simplefilter("ignore", RuntimeWarning)
+        store.apply(list(definitions.objects))
+    return store
+
+
+def frame(rows: Sequence[FeatureRow]) -> pd.DataFrame:
+    """Rows as the data frame that stock Feast's `push` and `write_to_...` take."""
+    found = pd.DataFrame(rows_to_batch(rows, "customer_id").to_pandas())
+    found["event_timestamp"] = found["event_timestamp"].astype("datetime64[ns, UTC]")
+    return found
 
 
 def feast(repo: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from llm4es.bundle import Bundle
 from llm4es.engine.providers import Device
 from llm4es.engine.session import FullGraph
-from llm4es.errors import NonFiniteEmbedding
+from llm4es.errors import BundleMismatch, NonFiniteEmbedding
 from llm4es.features import Embedded, SumsLayout, token_weights
 from llm4es.surprise import EventSurprise
 from llm4es.tokens import TokenizedChapter
@@ -152,8 +152,14 @@ class OnnxEmbedder:
             longest = wanted[contents[0]]
             prefixes = [len(wanted[content].types) for content in contents]
             found = self.read_chapter(longest.types, longest.tokens, prefixes)
+            if not np.isfinite(found[0].sums).all():
+                # NaN times a weight of 0 is NaN: a beginning may be finite when it is read alone.
+                found = [self._read_alone(wanted[content]) for content in contents]
             readings.update(zip(contents, found, strict=True))
         return readings
+
+    def _read_alone(self, one: _Wanted) -> ChapterReading:
+        return self.read_chapter(one.types, one.tokens, [len(one.types)])[0]
 
     def _combine(
         self,
@@ -197,9 +203,26 @@ class OnnxEmbedder:
 def open_embedder(
     bundle: Bundle, *, device: Device = "auto", threads: int | None = None
 ) -> OnnxEmbedder:
-    """Open a bundle's graph. `threads` is all that this process may use by default."""
+    """Open a bundle's graph. `threads` is all that this process may use by default.
+
+    Raises ConfigError for a device that is not there, BundleMismatch for a graph or model that
+    is not fit to serve.
+    """
     graph = FullGraph(bundle.full_graph, device=device, threads=threads or default_threads())
+    _refuse_broken_model(bundle, graph)
     return OnnxEmbedder(bundle, graph)
+
+
+def _refuse_broken_model(bundle: Bundle, graph: FullGraph) -> None:
+    """Read the header alone: what is not finite for that is no event's fault."""
+    ids = bundle.tokens.header_ids[None, :]
+    pooled, nats = graph.run(ids, np.ones((1, 1, ids.shape[1]), dtype=np.float32))
+    if not np.isfinite(pooled).all() or (nats is not None and not np.isfinite(nats).all()):
+        raise BundleMismatch(
+            f"bundle {bundle.folder}",
+            "the model's output is not finite even for the header",
+            "train and export it again",
+        )
 
 
 def default_threads() -> int:

@@ -13,7 +13,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 
-# Each choice falls back, operator by operator, to the ones behind it in its row.
+# Each choice falls back, operator by operator, to those behind it in its row that are there.
 _ROWS: dict[str, tuple[str, ...]] = {
     "cpu": (CPU,),
     "cuda": (CUDA, CPU),
@@ -37,7 +37,7 @@ def choose_providers(device: Device, available: Collection[str]) -> tuple[str, .
             f"{device} asks for {wanted[0]}, and onnxruntime offers only {', '.join(available)}",
             "use device: cpu, or install the extra `gpu` instead of `cpu` on a machine with a GPU",
         )
-    return wanted
+    return tuple(provider for provider in wanted if provider in available)
 
 
 def refuse_two_runtimes(installed: Collection[str]) -> None:
@@ -45,7 +45,8 @@ def refuse_two_runtimes(installed: Collection[str]) -> None:
 
     Both distributions are one module (onnxruntime issue 26996). Raises ConfigError.
     """
-    if {"onnxruntime", "onnxruntime-gpu"} <= set(installed):
+    names = {name.lower().replace("_", "-") for name in installed if name}
+    if {"onnxruntime", "onnxruntime-gpu"} <= names:
         raise ConfigError(
             "onnxruntime",
             "onnxruntime and onnxruntime-gpu are both installed, and share one module",

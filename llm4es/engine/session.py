@@ -1,5 +1,6 @@
 """The only module that imports onnxruntime."""
 
+import logging
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +20,8 @@ except ImportError as error:
     ) from error
 
 __all__ = ["FullGraph"]
+
+log = logging.getLogger(__name__)
 
 _INPUTS = {"input_ids", "token_weights"}
 
@@ -47,11 +50,12 @@ class FullGraph:
             ) from error
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         if wanted[0] not in self.providers:
-            raise ConfigError(
-                "device",
-                f"{wanted[0]} did not start; onnxruntime fell back to {self.providers[0]}",
-                "mend its driver and libraries, or use device: cpu",
-            )
+            problem = f"{wanted[0]} did not start; onnxruntime fell back to {self.providers[0]}"
+            remedy = "mend its driver and libraries, or use device: cpu"
+            if device != "auto":
+                raise ConfigError("device", problem, remedy)
+            # The GPU build offers CUDA on a machine without a GPU, too.
+            log.warning("%s; %s", problem, remedy)
         if {entry.name for entry in self._session.get_inputs()} != _INPUTS:
             raise BundleMismatch(
                 str(path), "its inputs are not those of this code", "export the bundle again"

@@ -70,7 +70,7 @@ class Definitions:
     service: FeatureService
 
     @property
-    def objects(self) -> list[Entity | KafkaSource | StreamFeatureView | FeatureService]:
+    def objects(self) -> Sequence[Entity | KafkaSource | StreamFeatureView | FeatureService]:
         """All of them, for `FeatureStore.apply`."""
         return [self.entity, self.source, self.view, self.service]
 
@@ -123,6 +123,10 @@ def define(
     a relative one is relative to the feature repository, wherever a reader runs. `watermark_s`
     is how late an event may come. `ttl` bounds point-in-time joins; without it rows are valid
     for ever. Online, Feast enforces none.
+
+    Applied by `FeatureStore.apply`, a bundle's view stands beside those of others, and the service
+    moves to it. The command `feast apply` also takes away what its repository no longer defines,
+    the online rows of those views included: as long as two bundles serve, it must define both.
     """
     manifest = spec.manifest
     name = view_name(manifest.entity, manifest.id)
@@ -165,7 +169,12 @@ def define(
             offline=True,
             tags=tags,
             description=f"Embedding and surprise by bundle {manifest.id} ({manifest.base_model})",
+            # These two and the join key are what Feast makes of them when it reads a view back:
+            # else each `feast apply` finds a changed schema and counts up the view's version.
+            udf_string=None,
+            mode="python",
         )
+    view.features.append(Field(name=join_key, dtype=String))
     service = FeatureService(
         name=service_name(manifest.entity),
         features=[view],

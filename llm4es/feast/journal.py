@@ -2,7 +2,7 @@
 
     <log>/part-<stem>.parquet            what readers see; appears by rename, never changes
     <log>/.part-<stem>.parquet.tmp       a part being written; no reader's glob matches it
-    <log>/_journal/<stem>.journal        rows that are durable and not yet in a part
+    <log>/_journal/<stem>.journal        rows that are durable and not yet in a part (.new: none)
 
 A batch is durable once its frame is in the journal and fsynced. Readers see rolled parts only.
 A part is named after its journal, so a crash between the rename and the journal's removal is
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 _HEADER = struct.Struct("<II")
 _JOURNALS = "_journal"
 _SUFFIX = ".journal"
+_UNNAMED = ".new"  # of a journal that is not locked yet
 _WAITING_SEGMENTS = 4  # sealed and not yet rolled, before writers are told to wait
 _RETRY_S = 1.0
 _VECTORS = ("embedding", "surprise")
@@ -142,6 +143,10 @@ def recover_journals(folder: Path) -> int:
                     write_part(folder, _part_of(folder, path).stem, table)
                     found += len(table)
             path.unlink()
+    for path in (folder / _JOURNALS).glob(f"*{_UNNAMED}"):  # of writers killed at birth: no rows
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if _lock(file.fileno()):
+                path.unlink()
     if found:
         log.warning("recovered %d journalled rows of the offline log in %s", found, folder)
     return found
@@ -159,10 +164,10 @@ class _Segment:
         self.born = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Locked before it bears a name that a recovery would look at.
-        unnamed = self.path.with_suffix(".new")
+        unnamed = self.path.with_suffix(_UNNAMED)
         self._file = os.open(unnamed, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            _lock(self._file)
+            fcntl.flock(self._file, fcntl.LOCK_EX)  # a recovery may look at it this very moment
             self._length = 0
             self._append(schema.serialize())
             unnamed.rename(self.path)

@@ -146,6 +146,7 @@ class LogOfflineStore(DuckDBOfflineStore):
         end_date: datetime | None = None,
     ) -> RetrievalJob:
         """Every row within the dates, each (entity, timestamp) once."""
+        identity = (*join_key_columns, timestamp_field, created_timestamp_column)
         return pull_all_from_table_or_query_ibis(
             config=config,
             data_source=data_source,
@@ -155,9 +156,7 @@ class LogOfflineStore(DuckDBOfflineStore):
             created_timestamp_column=created_timestamp_column,
             start_date=start_date,
             end_date=end_date,
-            data_source_reader=partial(
-                _read, schemas={}, once=(*join_key_columns, timestamp_field)
-            ),
+            data_source_reader=partial(_read, schemas={}, once=tuple(filter(None, identity))),
             data_source_writer=_write_data_source,
             staging_location=config.offline_store.staging_location,
             staging_location_endpoint_override=config.offline_store.staging_location_endpoint_override,
@@ -236,14 +235,16 @@ def _read(
 
 def _schema_of(view: FeatureView, source: DataSource) -> pa.Schema:
     """Columns of a view's log: join keys, timestamp, features."""
+    # Feast calls the join key a feature, too, of a stream feature view that it has read back.
+    features = [feature for feature in view.features if feature.name not in view.join_keys]
     ours = log_schema(view.join_keys[0]) if view.join_keys else pa.schema([])
-    if set(ours.names[2:]) == {feature.name for feature in view.features}:
+    if set(ours.names[2:]) == {feature.name for feature in features}:
         return ours
     return pa.schema(
         [
             *_columns(view.entity_columns),
             (source.timestamp_field, pa.timestamp("us", tz="UTC")),
-            *_columns(view.features),
+            *_columns(features),
         ]
     )
 

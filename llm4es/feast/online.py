@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from llm4es.errors import SinkRejected, SinkUnavailable
 from llm4es.features import FeatureRow
 
-__all__ = ["OnlineRows", "PortableRows", "ViewTarget", "encode_row", "encode_vector"]
+__all__ = ["OnlineRows", "PortableRows", "ViewTarget", "encode_row", "encode_vector", "scalars"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,15 @@ class ViewTarget:
     def entity_key(self, entity_id: str) -> EntityKey:
         """Feast's key of an entity."""
         return EntityKey(join_keys=[self.join_key], entity_values=[Value(string_val=entity_id)])
+
+    @property
+    def key_is_feature(self) -> bool:
+        """Whether the registry calls the join key a feature, too.
+
+        Feast does, of a stream feature view that it has read back, and its own writes fill it: a
+        row of ours that left it out would leave a value, and a timestamp, of an older row behind.
+        """
+        return any(feature.name == self.join_key for feature in self.view.features)
 
 
 class OnlineRows(Protocol):
@@ -76,18 +85,19 @@ def encode_vector(vector: NDArray[np.float32]) -> bytes:
     return _varint(_FLOAT_LIST_TAG) + _varint(len(inner)) + inner
 
 
-def encode_row(row: FeatureRow) -> dict[str, bytes]:
+def encode_row(row: FeatureRow, target: ViewTarget) -> dict[str, bytes]:
     """Wire form of each feature of a row, by name."""
     return {
         "embedding": encode_vector(row.embedding),
         "surprise": encode_vector(row.surprise),
-        **{name: value.SerializeToString() for name, value in scalars(row).items()},
+        **{name: value.SerializeToString() for name, value in scalars(row, target).items()},
     }
 
 
-def scalars(row: FeatureRow) -> dict[str, Value]:
+def scalars(row: FeatureRow, target: ViewTarget) -> dict[str, Value]:
     """Features of a row that are no vectors."""
-    return {
+    key = {target.join_key: Value(string_val=row.entity_id)} if target.key_is_feature else {}
+    return key | {
         "surprise_last": Value(float_val=row.surprise_last),
         "event_count": Value(int64_val=row.event_count),
         "last_event_id": Value(string_val=row.last_event_id),
@@ -112,6 +122,7 @@ class PortableRows:
             "Redis",
             target.store.config.online_store.type,
         )
+        self.as_of(["any"])  # a store that is away says so at start
 
     def write(self, rows: Sequence[FeatureRow]) -> list[str]:
         """See OnlineRows."""
@@ -120,7 +131,10 @@ class PortableRows:
         data: list[tuple[EntityKey, dict[str, Value], datetime, datetime | None]] = [
             (
                 self._target.entity_key(row.entity_id),
-                {name: Value.FromString(value) for name, value in encode_row(row).items()},
+                {
+                    name: Value.FromString(value)
+                    for name, value in encode_row(row, self._target).items()
+                },
                 row.as_of,
                 None,
             )

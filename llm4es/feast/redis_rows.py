@@ -16,15 +16,15 @@ from typing import Any
 from feast.infra.online_stores.helpers import _mmh3, _redis_key
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisType, _versioned_fv_name
 from google.protobuf.timestamp_pb2 import Timestamp
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-from llm4es.errors import SinkRejected, SinkUnavailable
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
 from llm4es.feast.online import ViewTarget, encode_row
 from llm4es.features import FeatureRow
 
-__all__ = ["RedisRows", "translate_redis_error"]
+__all__ = ["REDIS_ERRORS", "RedisRows", "translate_redis_error"]
 
 # KEYS: entity. ARGV: seconds, nanos, ttl (0: none), then the hash's fields and values, the
 # timestamp's first. Gives 1 written, 0 the same stands, -1 a newer one stands.
@@ -58,11 +58,37 @@ return 1
 _SCRIPT_SHA = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 _SUPERSEDED = -1
 _PIPELINED = 512  # rows of one round trip
-# Answers of a server that is there and cannot write now.
-_PASSING = (
-    "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY",
-    "TRYAGAIN", "UNKILLABLE",
-)  # fmt: skip
+# What a call of redis-py may raise; its cluster client has a root of its own.
+REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
+_REFUSALS = (
+    exceptions.AuthenticationError,
+    exceptions.AuthenticationWrongNumberOfArgsError,
+    exceptions.AuthorizationError,
+    exceptions.NoPermissionError,
+)
+_BUGS = (
+    exceptions.CrossSlotTransactionError,
+    exceptions.InvalidPipelineStack,
+    exceptions.LockError,
+    exceptions.PubSubError,
+    exceptions.DataError,
+)
+_AWAY = (
+    exceptions.AskError,  # and MovedError: slots on their way to another node
+    exceptions.ClusterError,
+    exceptions.ConnectionError,
+    exceptions.InvalidResponse,
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+    exceptions.RedisClusterException,
+    exceptions.TimeoutError,
+    exceptions.TryAgainError,
+    exceptions.WatchError,
+    OSError,
+)
+# Answers of a server that is there and cannot write now, which redis-py has no class for. (From
+# the text of those that it has a class for, it takes the code away.)
+_PASSING = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNKILLABLE ")
 
 
 class RedisRows:
@@ -83,8 +109,12 @@ class RedisRows:
         try:
             # Feast's own reading of the connection string: TLS, Sentinel and Cluster included.
             self._client: Any = RedisOnlineStore()._get_client(config.online_store)  # noqa: SLF001
+            if not self._cluster:
+                # Once more at once, for a connection that was closed while it idled. Waiting is
+                # the worker's: redis-py's own patience would be ten seconds per call.
+                self._client.set_retry(Retry(NoBackoff(), 1))
             self._client.ping()
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
 
     def write(self, rows: Sequence[FeatureRow]) -> list[str]:
@@ -104,7 +134,7 @@ class RedisRows:
             for entity_id in entity_ids:
                 pipe.hget(self._key(entity_id), self._timestamp_field)
             found = pipe.execute()
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
         return [None if value is None else _moment(value) for value in found]
 
@@ -119,10 +149,10 @@ class RedisRows:
         calls = [(self._key(row.entity_id), *self._arguments(row)) for row in rows]
         try:
             answers = self._send(calls)
-            if any(isinstance(answer, NoScriptError) for answer in answers):
+            if any(isinstance(answer, exceptions.NoScriptError) for answer in answers):
                 self._client.script_load(_SCRIPT)
                 answers = self._send(calls)  # rows that were written answer "the same stands"
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
         for answer in answers:
             if isinstance(answer, Exception):
@@ -150,18 +180,23 @@ class RedisRows:
         moment.FromDatetime(row.as_of)
         arguments: list[bytes | str | int] = [moment.seconds, moment.nanos, self._ttl]
         arguments += [self._timestamp_field, moment.SerializeToString()]
-        for name, value in encode_row(row).items():
+        for name, value in encode_row(row, self._target).items():
             arguments += [self._fields[name], value]
         return arguments
 
 
-def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected:
-    """Say what an error of Redis means for a batch: try again, or stop."""
-    passing = isinstance(error, RedisConnectionError | RedisTimeoutError | OSError) or (
-        isinstance(error, ResponseError) and str(error).startswith(_PASSING)
-    )
+def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected | ConfigError:
+    """Say what an error of Redis means for a batch: try again, stop, or mend the credentials."""
     message = f"online store redis: {type(error).__name__}: {error}"
-    return SinkUnavailable(message) if passing else SinkRejected(message)
+    if isinstance(error, _REFUSALS):
+        return ConfigError(
+            "online_store", f"Redis refuses us ({error})", "mend its connection_string, or its ACL"
+        )
+    if isinstance(error, _BUGS):
+        return SinkRejected(message)
+    if isinstance(error, _AWAY) or str(error).startswith(_PASSING):
+        return SinkUnavailable(message)
+    return SinkRejected(message)
 
 
 def _moment(value: bytes) -> datetime:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from feast import FeatureStore, FeatureView, KafkaSource
 from feast.errors import FeastError, FeastObjectNotFoundException, FeatureViewNotFoundException
+from feast.repo_config import FeastConfigError
 from pydantic import ValidationError
+from yaml import YAMLError
 
 from llm4es.bundle import Bundle
 from llm4es.errors import BundleMismatch, ConfigError, SinkRejected, SinkUnavailable
@@ -219,7 +221,14 @@ def _open_store(repo_path: Path, config_file: str) -> FeatureStore:
         raise ConfigError(
             "feature_repo", f"{path} cannot be read ({error.strerror})", "name a Feast repository"
         ) from error
-    except (FeastError, ValidationError, ValueError, TypeError) as error:
+    except (
+        FeastConfigError,
+        FeastError,
+        ValidationError,
+        YAMLError,
+        ValueError,
+        TypeError,
+    ) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(str(path), problem, "mend the file") from error
 

@@ -86,7 +86,7 @@ class SqliteRows:
             for key, row in zip(keys, rows, strict=True):
                 moment, stood = _microseconds(row.as_of), standing.get(key)
                 if stood is None or stood < moment:
-                    self._connection.executemany(self._upsert, _table_rows(key, row))
+                    self._connection.executemany(self._upsert, self._table_rows(key, row))
                 elif stood > moment:
                     superseded.append(row.entity_id)
         return superseded
@@ -145,6 +145,19 @@ class SqliteRows:
         key: bytes = serialize_entity_key(self._target.entity_key(entity_id), self._key_version)
         return key
 
+    def _table_rows(
+        self, key: bytes, row: FeatureRow
+    ) -> Iterable[tuple[bytes, str, bytes, str | None, int]]:
+        second = _feast_second(row.as_of)
+        texts = {
+            name: extract_text_and_num(value, compute_num=False)[0]
+            for name, value in scalars(row, self._target).items()
+        }
+        for name, value in encode_row(row, self._target).items():
+            yield key, name, value, texts.get(name), second
+        exact = Value(int64_val=_microseconds(row.as_of)).SerializeToString()
+        yield key, _EXACT, exact, None, second
+
 
 def translate_sqlite_error(error: Exception) -> SinkUnavailable | SinkRejected:
     """Say what an error of SQLite means for a batch: try again, or stop."""
@@ -152,18 +165,6 @@ def translate_sqlite_error(error: Exception) -> SinkUnavailable | SinkRejected:
     passing = isinstance(error, OSError) or (code is not None and code & _PRIMARY_CODE in _PASSING)
     message = f"online store sqlite: {error}"
     return SinkUnavailable(message) if passing else SinkRejected(message)
-
-
-def _table_rows(key: bytes, row: FeatureRow) -> Iterable[tuple[bytes, str, bytes, str | None, int]]:
-    second = _feast_second(row.as_of)
-    texts = {
-        name: extract_text_and_num(value, compute_num=False)[0]
-        for name, value in scalars(row).items()
-    }
-    for name, value in encode_row(row).items():
-        yield key, name, value, texts.get(name), second
-    exact = Value(int64_val=_microseconds(row.as_of)).SerializeToString()
-    yield key, _EXACT, exact, None, second
 
 
 def _reconcile(second: int, exact: bytes | None) -> int:

@@ -43,6 +43,16 @@ _MISCONFIGURED = (
     kafka_errors.InvalidGroupIdError,
     kafka_errors.InvalidSessionTimeoutError,
     kafka_errors.UnsupportedVersionError,
+    kafka_errors.UnsupportedCodecError,
+    kafka_errors.UnsupportedCompressionTypeError,
+    kafka_errors.InvalidConfigurationError,
+    kafka_errors.SecurityDisabledError,
+    kafka_errors.IllegalSaslStateError,
+    kafka_errors.InconsistentGroupProtocolError,
+    kafka_errors.GroupMaxSizeReachedError,
+    kafka_errors.FencedInstanceIdError,
+    kafka_errors.MessageSizeTooLargeError,
+    kafka_errors.RecordListTooLargeError,
 )
 
 

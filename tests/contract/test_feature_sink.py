@@ -1,0 +1,428 @@
+"""One suite over the sink's three ways into an online store, read back as stock clients read."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from feast import FeatureStore
+from redis import Redis
+
+from dev.servers import RedisServer
+from llm4es.errors import SinkRejected, SinkUnavailable
+from llm4es.feast import FeastSink, ViewSpec, open_sink
+from llm4es.feast.online import PortableRows
+from llm4es.feast.redis_rows import RedisRows
+from llm4es.feast.sqlite_rows import SqliteRows
+from llm4es.features import FeatureRow, view_name
+from tests.feast_parts import (
+    BUNDLE_ID,
+    FAR_SECONDS,
+    MICROSECOND,
+    NOON,
+    apply,
+    frame,
+    make_repo,
+    make_spec,
+    row,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ibis"),
+    pytest.mark.filterwarnings("ignore:Stream feature views are experimental:RuntimeWarning"),
+]
+
+VIEW = view_name("customer", BUNDLE_ID)
+# A real store that is neither Redis nor plain SQLite: its table has a column that ours does not
+# know. It keeps whole seconds and lets an older row overwrite a newer one, as most stores do.
+OTHER_STORE = ", enable_openai_compatible_store: true"
+WAYS = {"sqlite": SqliteRows, "redis": RedisRows, "portable": PortableRows}
+
+
+@dataclass(frozen=True)
+class World:
+    """A feature repository whose view is applied, and a stock client of it."""
+
+    way: str
+    repo: Path
+    spec: ViewSpec
+    stock: FeatureStore
+
+    def open(self, writer_id: str = "w") -> FeastSink:
+        return open_sink(self.repo, self.spec, writer_id=writer_id)
+
+    def online(self, entity_ids: Sequence[str]) -> dict[str, list[Any]]:
+        """What a stock client reads online."""
+        found: dict[str, list[Any]] = self.stock.get_online_features(
+            features=self.stock.get_feature_service("customer_llm4es"),
+            entity_rows=[{"customer_id": each} for each in entity_ids],
+        ).to_dict()
+        return found
+
+    def as_of(self, entity_ids: Sequence[str], moment: datetime) -> pd.DataFrame:
+        """What a stock client reads for training."""
+        entities = pd.DataFrame({"customer_id": entity_ids, "event_timestamp": moment})
+        found: pd.DataFrame = self.stock.get_historical_features(
+            entity_df=entities, features=[f"{VIEW}:embedding", f"{VIEW}:last_event_id"]
+        ).to_df()
+        return found
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp(request.param)
+    redis: RedisServer | None = None
+    if request.param == "redis":
+        redis = request.getfixturevalue("redis_server")
+    return make_world(folder, request.param, redis)
+
+
+def make_world(folder: Path, way: str, redis: RedisServer | None = None) -> World:
+    spec = make_spec(folder / "bundle")
+    repo = make_repo(
+        folder / "repo",
+        redis_url=None if redis is None else redis.address,
+        extra=OTHER_STORE if way == "portable" else "",
+    )
+    return World(way, repo, spec, apply(repo, spec))
+
+
+@pytest.fixture
+def opener(world: World) -> Iterator[Callable[[], FeastSink]]:
+    """Opens sinks of one view: two of them are two workers."""
+    opened: list[FeastSink] = []
+
+    def keep() -> FeastSink:
+        opened.append(world.open(f"w{len(opened)}"))
+        return opened[-1]
+
+    yield keep
+    for sink in opened:
+        sink.close()
+
+
+@pytest.fixture
+def sink(opener: Callable[[], FeastSink]) -> FeastSink:
+    return opener()
+
+
+def vectors(found: dict[str, list[Any]], name: str = "embedding") -> list[list[float]]:
+    return [np.array(value, np.float32).tolist() for value in found[name]]
+
+
+def test_each_kind_of_store_is_written_in_the_way_made_for_it(
+    world: World, sink: FeastSink
+) -> None:
+    assert type(sink._online) is WAYS[world.way]  # noqa: SLF001 - else the suite proves one thrice
+
+
+def test_every_row_is_readable_through_stock_feast_on_return(
+    world: World, sink: FeastSink, unique: str
+) -> None:
+    rows = [
+        row(
+            world.spec, f"{unique}-{n}", seed=n, last_event_id=f"é{n}", as_of=NOON + n * MICROSECOND
+        )
+        for n in range(1_100)  # more than one round trip to Redis, or question to SQLite
+    ]
+    sink.publish(rows)
+    found = world.online([each.entity_id for each in rows])
+    assert vectors(found) == [each.embedding.tolist() for each in rows]
+    assert vectors(found, "surprise") == [each.surprise.tolist() for each in rows]
+    for name in ("surprise_last", "event_count", "last_event_id", "last_event_time", "bundle_id"):
+        assert found[name] == [getattr(each, name) for each in rows], name
+    assert sink.superseded == 0
+
+
+def test_an_entity_without_a_row_has_none(sink: FeastSink, unique: str) -> None:
+    assert sink.read([unique, f"{unique}-2"]) == [None, None]
+    assert sink.read([]) == []
+    sink.publish([])
+    sink.journal([])
+
+
+def test_the_sink_reads_its_own_rows_whole(world: World, sink: FeastSink, unique: str) -> None:
+    written = row(world.spec, unique, seed=3)
+    sink.publish([written])
+    found = sink.read([f"{unique}-unknown", unique])
+    assert found[0] is None
+    assert found[1] is not None
+    assert found[1].embedding.tolist() == written.embedding.tolist()
+    assert found[1].surprise.tolist() == written.surprise.tolist()
+    nothing = np.zeros(0, np.float32)
+    assert replace(found[1], embedding=nothing, surprise=nothing) == replace(
+        written, embedding=nothing, surprise=nothing
+    )
+
+
+def test_an_older_row_never_replaces_a_newer_one_and_a_newer_one_always_an_older(
+    world: World, opener: Callable[[], FeastSink], unique: str
+) -> None:
+    sink = opener()
+    newer = row(world.spec, unique, seed=1, as_of=NOON + MICROSECOND, last_event_id="newer")
+    sink.publish([newer])
+    sink.publish([row(world.spec, unique, seed=2, as_of=NOON, last_event_id="older")])
+    assert world.online([unique])["last_event_id"] == ["newer"]
+    assert vectors(world.online([unique])) == [newer.embedding.tolist()]
+    assert sink.superseded == 1
+    sink.publish([replace(newer, as_of=NOON + 2 * MICROSECOND, last_event_id="newest")])
+    assert world.online([unique])["last_event_id"] == ["newest"]
+    # A worker that starts anew knows it from the store alone (some stores keep whole seconds).
+    other = opener()
+    other.publish([row(world.spec, unique, as_of=NOON - timedelta(seconds=1), last_event_id="old")])
+    assert world.online([unique])["last_event_id"] == ["newest"]
+    assert other.superseded == 1
+
+
+def test_one_call_takes_what_is_newer_and_leaves_what_is_not(
+    world: World, sink: FeastSink, unique: str
+) -> None:
+    first, second = f"{unique}-1", f"{unique}-2"
+    sink.publish([row(world.spec, first, last_event_id="a", as_of=NOON)])
+    sink.publish(
+        [
+            row(world.spec, first, last_event_id="b", as_of=NOON - MICROSECOND),
+            row(world.spec, second, last_event_id="c", as_of=NOON - MICROSECOND),
+        ]
+    )
+    assert world.online([first, second])["last_event_id"] == ["a", "c"]
+    assert sink.superseded == 1
+
+
+def test_the_same_row_again_changes_nothing(
+    world: World, opener: Callable[[], FeastSink], unique: str
+) -> None:
+    sink, again = opener(), opener()
+    written = row(world.spec, unique, seed=1, as_of=NOON)
+    sink.publish([written])
+    before = world.online([unique])
+    for writer in (sink, again):
+        writer.publish([written])
+        assert world.online([unique]) == before
+        assert writer.superseded == 0
+    # An entity has one row per moment; which came first stands, whatever another one says.
+    sink.publish([replace(written, last_event_id="another")])
+    assert world.online([unique])["last_event_id"] == [written.last_event_id]
+
+
+def test_two_rows_of_an_entity_in_one_call_are_rejected_and_neither_is_written(
+    world: World, sink: FeastSink, unique: str
+) -> None:
+    with pytest.raises(SinkRejected, match="2 rows in one call"):
+        sink.publish([row(world.spec, unique), row(world.spec, unique, as_of=NOON + MICROSECOND)])
+    assert sink.read([unique]) == [None]
+
+
+BROKEN: dict[str, Callable[[FeatureRow], FeatureRow]] = {
+    "embedding is not finite": lambda r: replace(r, embedding=np.full_like(r.embedding, np.nan)),
+    "embedding is float32 \\(7,\\)": lambda r: replace(r, embedding=r.embedding[:-1]),
+    "embedding is float64": lambda r: replace(
+        r,
+        embedding=r.embedding.astype(np.float64).view(),  # type: ignore[arg-type]
+    ),
+    "surprise is not finite": lambda r: replace(r, surprise=np.full_like(r.surprise, np.inf)),
+    "surprise is float32 \\(0,\\)": lambda r: replace(r, surprise=r.surprise[:0]),
+    "surprise_last is not finite": lambda r: replace(r, surprise_last=float("nan")),
+    "not of the view's bundle": lambda r: replace(r, bundle_id="ba9876543210"),
+    "no entity id": lambda r: replace(r, entity_id=""),
+    "no zone": lambda r: replace(r, as_of=r.as_of.replace(tzinfo=None)),
+    "before 1970": lambda r: replace(r, as_of=datetime(1969, 12, 31, tzinfo=UTC)),
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_a_row_that_breaks_the_view_is_rejected_and_nothing_of_its_call_is_written(
+    world: World, sink: FeastSink, unique: str, problem: str
+) -> None:
+    sound, broken = row(world.spec, f"{unique}-1"), BROKEN[problem](row(world.spec, unique))
+    for write in (sink.publish, sink.journal):
+        with pytest.raises(SinkRejected, match=problem):
+            write([sound, broken])
+    sink.roll()
+    assert sink.read([sound.entity_id, unique]) == [None, None]
+    assert world.as_of([sound.entity_id], NOON)["last_event_id"].isna().all()
+
+
+def test_as_of_keeps_its_microseconds_where_the_store_has_a_place_for_them(
+    world: World, sink: FeastSink, unique: str
+) -> None:
+    moments = [NOON + 999_999 * MICROSECOND, NOON + FAR_SECONDS + MICROSECOND, NOON]
+    ids = [f"{unique}-{n}" for n in range(len(moments))]
+    sink.publish([row(world.spec, each, as_of=at) for each, at in zip(ids, moments, strict=True)])
+    found = [None if each is None else each.as_of for each in sink.read(ids)]
+    exact = world.way != "portable"
+    assert found == [at if exact else at.replace(microsecond=0) for at in moments]
+
+
+def test_of_two_writers_racing_over_an_entity_the_newer_row_wins_always(
+    world: World, opener: Callable[[], FeastSink], unique: str
+) -> None:
+    if world.way == "portable":
+        pytest.skip("promised for one writer alone, and said so at start")
+    rounds, each_round = 40, 16
+    start = threading.Barrier(2, timeout=60)
+    failures: list[BaseException] = []
+
+    def write(sink: FeastSink, writer: int) -> None:
+        try:
+            for number in range(rounds):
+                rows = [
+                    row(
+                        world.spec,
+                        f"{unique}-{number}-{n}",
+                        as_of=NOON + ((n + writer) % 2) * MICROSECOND,
+                        last_event_id="newer" if (n + writer) % 2 else "older",
+                    )
+                    for n in range(each_round)
+                ]
+                start.wait()
+                # In opposite order, one by one: over each entity they meet at another moment.
+                for one in rows if writer else reversed(rows):
+                    sink.publish([one])
+        except BaseException as error:  # noqa: BLE001 - the test's thread says it
+            failures.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=write, args=(opener(), n)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    ids = [f"{unique}-{number}-{n}" for number in range(rounds) for n in range(each_round)]
+    assert world.online(ids)["last_event_id"] == ["newer"] * len(ids)
+
+
+def test_a_newer_row_that_stock_feast_wrote_is_respected(
+    world: World, opener: Callable[[], FeastSink], unique: str
+) -> None:
+    sink = opener()
+    sink.publish([row(world.spec, unique, as_of=NOON)])
+    stock = row(world.spec, unique, as_of=NOON + timedelta(seconds=9), last_event_id="stock")
+    world.stock.write_to_online_store(VIEW, frame([stock]))
+    if world.way == "portable":
+        sink = opener()  # it looks when it first meets an entity
+    sink.publish([row(world.spec, unique, as_of=NOON + timedelta(seconds=8), last_event_id="old")])
+    assert world.online([unique])["last_event_id"] == ["stock"]
+    assert sink.superseded == 1
+    (found,) = sink.read([unique])
+    assert found is not None
+    assert found.as_of == stock.as_of
+    sink.publish([row(world.spec, unique, as_of=NOON + timedelta(seconds=10), last_event_id="new")])
+    assert world.online([unique])["last_event_id"] == ["new"]
+
+
+def test_journalled_rows_come_back_from_stock_get_historical_features_each_at_its_moment(
+    world: World, sink: FeastSink, unique: str
+) -> None:
+    rows = [
+        row(world.spec, unique, seed=n, as_of=NOON + n * MICROSECOND, last_event_id=f"e{n}")
+        for n in range(3)
+    ]
+    sink.journal(rows)  # several of an entity, as `--every-event` gives them
+    sink.roll()
+    for each in rows:
+        found = world.as_of([unique], each.as_of)
+        assert list(found["last_event_id"]) == [each.last_event_id]
+        assert np.array(found["embedding"][0], np.float32).tolist() == each.embedding.tolist()
+    assert world.as_of([unique], NOON - MICROSECOND)["last_event_id"].isna().all()
+    assert sink.read([unique]) == [None]  # online is another call
+
+
+def test_what_is_journalled_when_the_sink_is_closed_is_in_the_offline_log(
+    world: World, unique: str
+) -> None:
+    sink = world.open()
+    sink.journal([row(world.spec, unique, last_event_id="kept")])
+    sink.close()
+    assert list(world.as_of([unique], NOON)["last_event_id"]) == ["kept"]
+
+
+def test_topic_and_brokers_are_the_views_own(sink: FeastSink) -> None:
+    assert (sink.topic, sink.bootstrap_servers) == ("payments", "localhost:9092")
+    sink.sync()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """One to be stopped; the session's is others', too."""
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+def test_a_redis_that_is_away_is_unavailable_until_it_is_back(
+    tmp_path: Path, own_redis: RedisServer
+) -> None:
+    world = make_world(tmp_path, "redis", own_redis)
+    sink = world.open()
+    sink.publish([row(world.spec, last_event_id="before")])
+    own_redis.stop()
+    for act in (lambda: sink.publish([row(world.spec, "c2")]), lambda: sink.read(["c1"])):
+        with pytest.raises(SinkUnavailable):
+            act()
+    own_redis.start()
+    assert world.online(["c1", "c2"])["last_event_id"] == ["before", None]
+    sink.publish([row(world.spec, "c2", last_event_id="after")])
+    assert world.online(["c1", "c2"])["last_event_id"] == ["before", "after"]
+    sink.close()
+
+
+def test_any_other_store_that_fails_is_unavailable(tmp_path: Path) -> None:
+    world = make_world(tmp_path, "portable")
+    sink = world.open()
+    sink.publish([row(world.spec, last_event_id="before")])
+    world.stock.teardown()  # type: ignore[no-untyped-call] # its tables are gone
+    for act in (lambda: sink.publish([row(world.spec, "c2")]), lambda: sink.read(["c2"])):
+        with pytest.raises(SinkUnavailable):
+            act()
+    sink.close()
+    mended = replace(world, stock=apply(world.repo, world.spec))
+    sink = mended.open()
+    sink.publish([row(world.spec, "c2", last_event_id="after")])
+    assert mended.online(["c1", "c2"])["last_event_id"] == [None, "after"]
+    sink.close()
+
+
+def test_a_redis_that_is_there_and_cannot_write_is_unavailable_too(
+    tmp_path: Path, own_redis: RedisServer
+) -> None:
+    world = make_world(tmp_path, "redis", own_redis)
+    sink = world.open()
+    admin: Any = Redis.from_url(own_redis.url)
+    sink.publish([row(world.spec, last_event_id="a")])
+    for deny, allow in (
+        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0"),
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+        ("CONFIG SET min-replicas-to-write 1", "CONFIG SET min-replicas-to-write 0"),
+    ):
+        admin.execute_command(*deny.split())
+        with pytest.raises(SinkUnavailable):
+            sink.publish([row(world.spec, as_of=NOON + MICROSECOND, last_event_id="b")])
+        admin.execute_command(*allow.split())
+        assert world.online(["c1"])["last_event_id"] == ["a"]
+    admin.execute_command("SCRIPT", "FLUSH")  # a server that was started anew knows no script
+    sink.publish([row(world.spec, as_of=NOON + MICROSECOND, last_event_id="b")])
+    assert world.online(["c1"])["last_event_id"] == ["b"]
+    admin.close()
+    sink.close()
+
+
+def test_a_store_that_is_away_at_start_is_unavailable(
+    tmp_path: Path, own_redis: RedisServer
+) -> None:
+    world = make_world(tmp_path / "redis-world", "redis", own_redis)
+    own_redis.stop()
+    with pytest.raises(SinkUnavailable, match="redis"):
+        world.open()
+    for way in ("sqlite", "portable"):
+        world = make_world(tmp_path / way, way)
+        database = world.repo / "data/online.db"
+        database.rename(database.with_name("elsewhere.db"))
+        database.mkdir()
+        with pytest.raises(SinkUnavailable, match=r"sqlite|unable to open"):
+            world.open()

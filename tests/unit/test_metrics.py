@@ -1,0 +1,78 @@
+"""What Prometheus scrapes is what the worker counted, and no other worker's."""
+
+import subprocess
+import sys
+
+from prometheus_client import generate_latest
+
+from llm4es.errors import InvalidEvent
+from llm4es.events import Record
+from llm4es.windows import Outcome
+from stream_worker.metrics import Metrics
+from stream_worker.ports import DeadLetter
+from tests.commands import ROOT
+
+RECORD = Record(topic="shop", partition=0, offset=0, timestamp=None, key=None, value=None)
+
+
+def counted() -> Metrics:
+    metrics = Metrics()
+    metrics.batch(9, seconds=0.5)
+    metrics.published(6, seconds=0.1)
+    metrics.published(1, seconds=90.0)
+    metrics.published(0, seconds=99.0)
+    metrics.folded({Outcome.ACCEPTED: 7, Outcome.LATE: 1}, redelivered=2)
+    metrics.folded({Outcome.ACCEPTED: 1}, redelivered=0)
+    metrics.dead([DeadLetter(RECORD, InvalidEvent("amount", "is missing"))])
+    metrics.retried()
+    return metrics
+
+
+def scraped(metrics: Metrics) -> dict[str, float]:
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+def test_the_scraped_figures_are_those_of_the_summary() -> None:
+    metrics = counted()
+    found, summary = scraped(metrics), metrics.summary()
+    assert found["llm4es_records_total"] == summary.records == 9
+    assert found['llm4es_events_total{outcome="accepted"}'] == summary.accepted == 8
+    assert found['llm4es_events_total{outcome="late"}'] == summary.late == 1
+    assert found["llm4es_late_dropped_total"] == 1
+    assert found['llm4es_dead_letters_total{field="amount"}'] == 1
+    assert summary.dead_letters == {"amount": 1}
+    assert found["llm4es_embeddings_total"] == summary.rows == 7
+    assert found["llm4es_redelivered_total"] == 2
+    assert found["llm4es_retries_total"] == 1
+    assert found["llm4es_fenced_total"] == 0
+
+
+def test_freshness_is_counted_by_row_up_to_and_with_each_bound() -> None:
+    found = scraped(counted())
+    name = "llm4es_poll_to_readable_seconds"
+    assert [found[f'{name}_bucket{{le="{le}"}}'] for le in ("0.05", "0.1", "60.0", "+Inf")] == [
+        0, 6, 6, 7,
+    ]  # fmt: skip
+    assert found[f"{name}_count"] == 7
+    assert found[f"{name}_sum"] == 6 * 0.1 + 90
+    summary = counted().summary()
+    assert summary.freshness_p50_s == 0.1
+    assert 0.1 < summary.freshness_p99_s <= 90
+    assert Metrics().summary().freshness_p99_s == 0
+
+
+def test_two_workers_do_not_mix_even_where_feast_moved_prometheus_counters_into_files() -> None:
+    script = (
+        "import feast.metrics\n"
+        "from stream_worker.metrics import Metrics\n"
+        "one = Metrics()\n"
+        "one.retried()\n"
+        "found = [m.registry.get_sample_value('llm4es_retries_total') for m in (one, Metrics())]\n"
+        "assert found == [1, 0], found\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,79 @@
+"""Which execution provider is chosen, what it falls back to, and what is refused."""
+
+import pytest
+
+from llm4es.engine.providers import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    Device,
+    choose_providers,
+    refuse_two_runtimes,
+)
+from llm4es.errors import ConfigError
+
+GPU_BUILD = (TENSORRT, CUDA, CPU)
+CPU_BUILD = ("AzureExecutionProvider", CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "chosen"),
+    [
+        ("auto", CPU_BUILD, (CPU,)),
+        ("auto", GPU_BUILD, (CUDA, CPU)),  # TensorRT only when it is asked for
+        ("auto", (TENSORRT, CPU), (CPU,)),
+        ("cpu", GPU_BUILD, (CPU,)),
+        ("cuda", GPU_BUILD, (CUDA, CPU)),
+        ("tensorrt", GPU_BUILD, (TENSORRT, CUDA, CPU)),
+        ("tensorrt", (TENSORRT, CPU), (TENSORRT, CPU)),
+    ],
+)
+def test_the_device_decides_and_falls_back_only_to_what_is_there(
+    device: Device, available: tuple[str, ...], chosen: tuple[str, ...]
+) -> None:
+    assert choose_providers(device, available) == chosen
+    assert choose_providers(device, tuple(reversed(available))) == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "missing"),
+    [
+        ("cuda", CPU_BUILD, CUDA),
+        ("tensorrt", CPU_BUILD, TENSORRT),
+        ("tensorrt", (CUDA, CPU), TENSORRT),
+        ("cpu", ("AzureExecutionProvider",), CPU),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_and_never_replaced(
+    device: Device, available: tuple[str, ...], missing: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_providers(device, available)
+    assert caught.value.field == "device"
+    assert missing in caught.value.problem
+    for offered in available:
+        assert offered in caught.value.problem
+    assert "device: cpu" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "installed",
+    [
+        ["numpy", "onnxruntime", "onnxruntime-gpu"],
+        ["onnxruntime_gpu", "ONNXRuntime"],  # names as a wheel may spell them
+    ],
+)
+def test_two_runtimes_in_one_environment_are_refused_with_the_way_out(
+    installed: list[str],
+) -> None:
+    with pytest.raises(ConfigError, match="share one module") as caught:
+        refuse_two_runtimes(installed)
+    assert "uninstall both" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "installed",
+    [[], ["onnxruntime"], ["onnxruntime-gpu"], ["onnxruntime", "onnxruntime-extensions"]],
+)
+def test_one_runtime_or_none_is_no_reason_to_refuse(installed: list[str]) -> None:
+    refuse_two_runtimes(installed)
