@@ -1,6 +1,9 @@
 PY := .venv/bin/python
 PIN := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes -q
 
+# Where a machine forbids it, every process would compile Feast anew: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test lint ci stack requirements wheel clean
 
 help: ## what there is

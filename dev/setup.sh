@@ -75,6 +75,8 @@ if [ "$has $had" != "$want_env $now" ]; then
     rm -f $stamp
     "$uv" pip sync --python $venv/bin/python requirements/$want_env.txt >&2 ||
         stop "uv could not install requirements/$want_env.txt (see above)"
+    # Commands of others (feast, pytest) find our packages in this checkout.
+    echo "$root" >"$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm4es.pth"
     echo "$want_env $now" >$stamp
 fi
 [ "$want" = dev ] || exit 0
