@@ -1,5 +1,6 @@
-"""Docker Compose's own parser without Docker: compose-go's command, built once with Go."""
+"""Docker Compose's own parser without Docker: a few lines around compose-go, built once with Go."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 __all__ = ["ParserUnavailable", "compose_model", "compose_parser"]
 
 _CACHE = Path(__file__).resolve().parents[1] / ".cache"
-_VERSION = "v2.16.2"
+_PROGRAM = Path(__file__).with_name("compose")  # main.go, and the hashes of what it stands on
 _BUILD_TIMEOUT_S = 280
 
 
@@ -19,26 +20,29 @@ class ParserUnavailable(Exception):
 
 
 def compose_parser(cache: Path = _CACHE) -> Path:
-    """Return the parser's program, built if it is not there yet."""
-    program = cache / "compose-go" / _VERSION / "compose-spec"
+    """Return the parser's program, built if it is not there yet. Raises ParserUnavailable."""
+    sources = sorted(path for path in _PROGRAM.iterdir() if path.is_file())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    program = cache / "compose-go" / digest / "compose-spec"
     if program.is_file():
         return program
     program.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=program.parent) as scratch:
+        built = Path(scratch) / program.name
         try:
-            built = subprocess.run(
-                [_go(cache), "install", f"github.com/compose-spec/compose-go/v2/cmd@{_VERSION}"],
+            done = subprocess.run(
+                [_go(cache), "build", "-o", built, "."],
                 check=False,
                 capture_output=True,
                 text=True,
-                env={**os.environ, "GOBIN": scratch},
+                cwd=_PROGRAM,
                 timeout=_BUILD_TIMEOUT_S,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ParserUnavailable(f"Go could not be run: {error}") from error
-        if built.returncode:
-            raise ParserUnavailable(f"Go could not build compose-go {_VERSION}: {built.stderr}")
-        (Path(scratch) / "cmd").replace(program)
+        if done.returncode:
+            raise ParserUnavailable(f"Go could not build {_PROGRAM}: {done.stderr}")
+        built.replace(program)
     return program
 
 
@@ -47,10 +51,10 @@ def compose_model(
 ) -> subprocess.CompletedProcess[str]:
     """Parse, merge, interpolate and check the files as Compose does in `folder`.
 
-    What comes back has the resolved model as JSON on stdout, or the refusal on stderr.
+    What comes back has the resolved project as JSON on stdout, or the refusal on stderr.
     """
     return subprocess.run(
-        [compose_parser(), "-format", "json", *files],
+        [compose_parser(), *files],
         check=False,
         capture_output=True,
         text=True,

@@ -18,17 +18,17 @@ with warnings.catch_warnings():
     from kafka.admin import KafkaAdminClient
     from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-__all__ = ["KafkaServer", "create_topic"]
+__all__ = ["BROKER", "KafkaServer", "create_topic"]
 
 _START_TIMEOUT_S = 60.0
 _PROBE_TIMEOUT_MS = 5_000
 
 _LARGEST_RECORD = 10 << 20  # topics may allow 8 MiB, and dead letters carry a little more than that
-_BROKER = {
+# What docker-compose.yml sets too: tests run on the Kafka that users start.
+BROKER = {
     "process.roles": "broker,controller",
     "node.id": "1",
     "controller.listener.names": "CONTROLLER",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "inter.broker.listener.name": "PLAINTEXT",
     "offsets.topic.num.partitions": "4",
     "offsets.topic.replication.factor": "1",
@@ -41,6 +41,9 @@ _BROKER = {
     "log.message.timestamp.type": "LogAppendTime",
     "message.max.bytes": str(_LARGEST_RECORD),
     "replica.fetch.max.bytes": str(_LARGEST_RECORD),
+}
+_HERE = {
+    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     # Tests want a group that forms at once and notices a dead member within a second or two.
     "group.initial.rebalance.delay.ms": "0",
     "group.min.session.timeout.ms": "500",
@@ -155,7 +158,8 @@ class KafkaServer:
     def _configure(self, port: int) -> Path:
         controller = free_port(but=[port])
         properties = {
-            **_BROKER,
+            **BROKER,
+            **_HERE,
             "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller}",
             "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port}",
             "controller.quorum.voters": f"1@{LOOPBACK}:{controller}",

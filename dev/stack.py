@@ -22,12 +22,27 @@ _LARGEST = 8 << 20
 # A dead letter is the original record and headers that say why it is there.
 _LARGEST_DEAD_LETTER = 9 << 20
 
-_LOAD = "python -m dev.load EVENTS.jsonl --bootstrap-servers {kafka}"
-_WORKER = (
-    "REDIS_CONNECTION_STRING={redis} python -m stream_worker run --bundle BUNDLE"
-    " --bootstrap-servers {kafka} --topic payments --window-store redis://{redis}/1"
-    " --feature-store-file feature_store.prod.yaml"
-)
+_TOPIC = "payments"
+# What the compose file gives its containers; on one machine a relative registry is a file of it.
+_SETTINGS = {
+    "PYTHONPATH": "$PWD",  # `feast` is a program of its own, and must find llm4es
+    "LLM4ES_BUNDLE": "$PWD/build/demo/bundle",
+    "LLM4ES_TOPIC": _TOPIC,
+    "LLM4ES_BOOTSTRAP_SERVERS": "{kafka}",
+    "LLM4ES_REGISTRY": "data/registry.stack.db",
+    "LLM4ES_REDIS": "{redis}",
+    "LLM4ES_WINDOW_STORE": "redis://{redis}/1",
+    "LLM4ES_FEATURE_STORE_FILE": "feature_store.prod.yaml",
+}
+_COMMANDS = {
+    "for the commands below": "export "
+    + " ".join(f'{name}="{value}"' for name, value in _SETTINGS.items()),
+    "tell Feast of the bundle": "{bin}/feast -c feature_repo"
+    " -f feature_repo/feature_store.prod.yaml apply",
+    "load events": "{bin}/python -m dev.load build/demo/sample/events.jsonl"
+    f" --bootstrap-servers {{kafka}} --topic {_TOPIC}",
+    "run the worker": "{bin}/python -m stream_worker run --live",
+}
 
 
 def main(
@@ -82,14 +97,15 @@ def _port(console: Console, name: str, wanted: int) -> int:
 
 def _create_topics(kafka: KafkaServer) -> None:
     for name, partitions, largest in (
-        ("payments", 4, _LARGEST),
-        ("payments.dead-letters", 1, _LARGEST_DEAD_LETTER),
+        (_TOPIC, 4, _LARGEST),
+        (f"{_TOPIC}.dead-letters", 1, _LARGEST_DEAD_LETTER),
     ):
         create_topic(
             kafka.bootstrap_servers,
             name,
             partitions=partitions,
-            config={"max.message.bytes": str(largest)},
+            # The log is what windows are rebuilt from, so it is kept.
+            config={"max.message.bytes": str(largest), "retention.ms": "-1"},
             exist_ok=True,
         )
 
@@ -101,12 +117,14 @@ def _announce(kafka: KafkaServer, redis: RedisServer) -> None:
     table.add_row("Kafka", kafka.bootstrap_servers, str(kafka.log))
     table.add_row("Redis", redis.url, str(redis.log))
     console.print(table)
-    console.print("topics: payments (4 partitions), payments.dead-letters (1)\n")
-    python = ".venv/bin/python" if Path(".venv/bin/python").exists() else sys.executable
-    for title, command in (("load events", _LOAD), ("run the worker", _WORKER)):
-        line = command.format(kafka=kafka.bootstrap_servers, redis=redis.address)
+    console.print(f"topics: {_TOPIC} (4 partitions), {_TOPIC}.dead-letters (1)\n")
+    programs = Path(sys.executable).parent
+    if programs.is_relative_to(Path.cwd()):
+        programs = programs.relative_to(Path.cwd())
+    for title, command in _COMMANDS.items():
         console.print(f"# {title}", style="dim")
-        console.print(line.replace("python ", f"{python} ", 1), markup=False)
+        line = command.format(kafka=kafka.bootstrap_servers, redis=redis.address, bin=programs)
+        console.print(line, markup=False)
     if shutil.which("redis-cli"):
         console.print("# look into Redis", style="dim")
         console.print(f"redis-cli -p {redis.port}", markup=False)
