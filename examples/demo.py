@@ -203,7 +203,7 @@ def show_summary(demo: Demo, report: dict[str, Any], elapsed_s: float) -> None:
     console.print("Where to look next (after: . .venv/bin/activate)", style="bold")
     for hint in (
         " ".join(["python -m stream_worker inspect", demo.customers[0], *demo.serving()]),
-        f"LLM4ES_BUNDLE={demo.bundle} feast -c {demo.repo} ui",
+        f"LLM4ES_BUNDLE=$PWD/{shown(str(demo.bundle))} feast -c {demo.repo} ui",
         "make stack        # real Kafka and Redis on this machine, to run the worker on",
         "docs/architecture.md, docs/schema.md (your own topic), docs/simulator.md (this data)",
     ):
