@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from llm4es.schema import (
 )
 
 __all__ = [
+    "EARLIEST_TIME",
+    "EPOCH",
+    "LATEST_TIME",
     "Event",
     "EventKey",
     "FieldValue",
@@ -28,18 +32,20 @@ __all__ = [
     "TopicPartition",
     "coordinates_id",
     "decode_object",
+    "entity_hash",
     "entity_id_of",
+    "parse_document",
     "parse_event",
 ]
 
 FieldValue = str | int | float | bool | tuple[str, ...] | None
 EventKey = tuple[datetime, str, str]
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # What 64 bits of nanoseconds hold, in whole years: pandas and Feast keep times so, and "a day
 # before" has to be a time too.
-_EARLIEST = datetime(1678, 1, 1, tzinfo=UTC)
-_LATEST = datetime(2262, 1, 1, tzinfo=UTC)
+EARLIEST_TIME = datetime(1678, 1, 1, tzinfo=UTC)
+LATEST_TIME = datetime(2262, 1, 1, tzinfo=UTC)
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # integers that a stored window holds
 _MAX_ID_LENGTH = 512
 _NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
@@ -59,10 +65,10 @@ class Record:
     topic: str
     partition: int
     offset: int
-    timestamp: datetime | None  # LogAppendTime; None where the log keeps none (files)
+    timestamp: datetime | None  # LogAppendTime; None where the log keeps none, or one that is none
     key: bytes | None
     value: bytes | None
-    headers: tuple[tuple[str, bytes], ...] = ()
+    headers: tuple[tuple[str, bytes | None], ...] = ()
 
     @property
     def topic_partition(self) -> TopicPartition:
@@ -91,6 +97,11 @@ def coordinates_id(topic: str, partition: int, offset: int) -> str:
     return f"{topic}/{partition:010d}/{offset:019d}"
 
 
+def entity_hash(entity_id: str) -> str:
+    """Name an entity in a message or log: BLAKE2b-64 of its id in hex. Ids themselves are data."""
+    return blake2b(entity_id.encode(), digest_size=8).hexdigest()
+
+
 def decode_object(value: bytes) -> dict[str, Any]:
     """Decode one JSON object. Raises InvalidEvent for anything else."""
     try:
@@ -117,7 +128,21 @@ def parse_event(
     `coordinates` (see `coordinates_id`) is the event's id where the schema names no field for
     it. Raises InvalidEvent naming the field; fields the schema does not name are left behind.
     """
-    document = decode_object(value)
+    return parse_document(decode_object(value), schema, entity=entity, coordinates=coordinates)
+
+
+def parse_document(
+    document: Mapping[str, Any],
+    schema: EventSchema,
+    *,
+    entity: str,
+    coordinates: str | None = None,
+) -> Event:
+    """Turn a record that is decoded already into an event, by the rules of `parse_event`.
+
+    Values are those of JSON; where the schema awaits ISO 8601 text, a `datetime` does as well,
+    as columnar files hold it (without a zone it is UTC).
+    """
     entity_id = entity_id_of(document, schema.entity(entity).field)
     event_type = _event_type(document, schema)
     if schema.event_id is not None:
@@ -168,18 +193,19 @@ def _event_time(document: Mapping[str, Any], spec: EventTime) -> datetime:
         moment = _from_iso(raw) if spec.format == "iso8601" else _from_epoch(raw, spec.unit)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidEvent(spec.field, f"is no {spec.format} time ({error})") from error
-    if not _EARLIEST <= moment < _LATEST:
+    if not EARLIEST_TIME <= moment < LATEST_TIME:
         raise InvalidEvent(
-            spec.field, f"year {moment.year} is not in {_EARLIEST.year} to {_LATEST.year - 1}"
+            spec.field,
+            f"year {moment.year} is not in {EARLIEST_TIME.year} to {LATEST_TIME.year - 1}",
         )
     return moment
 
 
 def _from_iso(raw: object) -> datetime:
-    if not isinstance(raw, str):
+    if not isinstance(raw, str | datetime):
         msg = f"text expected, not {type(raw).__name__}"
         raise TypeError(msg)
-    moment = datetime.fromisoformat(raw)
+    moment = datetime.fromisoformat(raw) if isinstance(raw, str) else raw
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
@@ -190,7 +216,7 @@ def _from_epoch(raw: object, unit: str) -> datetime:
     # An integer stays one: a float cannot hold today's time in nanoseconds.
     size = _NANOSECONDS[unit]
     microseconds = raw * size // 1_000 if isinstance(raw, int) else round(raw * (size / 1_000))
-    return _EPOCH + timedelta(microseconds=microseconds)
+    return EPOCH + timedelta(microseconds=microseconds)
 
 
 def _field_value(name: str, spec: FieldSpec, raw: object) -> FieldValue:

@@ -7,11 +7,21 @@ whatever else a producer puts into a record.
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llm4es.errors import ConfigError
 
@@ -25,6 +35,7 @@ __all__ = [
     "FieldSpec",
     "FlagField",
     "FrozenModel",
+    "LogBuckets",
     "NumberField",
     "QuantileBuckets",
     "TextField",
@@ -47,9 +58,45 @@ class _Labelled(FrozenModel):
 
 
 class QuantileBuckets(FrozenModel):
-    """Edges at equally likely values, learnt on training entities and kept in the bundle."""
+    """Edges at equally likely values, learnt on training entities and kept in the bundle.
+
+    `tail` are shares beside them at which there is an edge too: where what matters is rare and
+    large, (0.98, 0.99, 0.995, 0.999) tells apart what the topmost bucket would hold.
+    """
 
     quantiles: int = Field(ge=2, le=1024)
+    # Left out of a dump where it says nothing: hashes of schemas without it stand.
+    tail: tuple[float, ...] = Field(default=(), exclude_if=lambda tail: not tail)
+
+    @field_validator("tail")
+    @classmethod
+    def _shares_rise(cls, tail: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < share < 1 for share in tail) or not _rises(tail):
+            msg = "tail shares lie between 0 and 1 and rise strictly"
+            raise ValueError(msg)
+        return tail
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the values below each edge, rising: what the edges are learnt at."""
+        equal = {step / self.quantiles for step in range(1, self.quantiles)}
+        return tuple(sorted(equal | set(self.tail)))
+
+
+class LogBuckets(FrozenModel):
+    """Buckets at equal ratios, named by their lower edge; they need not be learnt.
+
+    `log` is how many there are between 1 and 10; "natural" is the paper's rule, ln(1 + |x|) cut
+    to an integer. A negative number has its sign in front, zero is a bucket of its own.
+    """
+
+    log: Literal["natural"] | Annotated[int, Field(ge=1, le=20)]
+
+
+def _buckets_kind(buckets: object) -> str:
+    if isinstance(buckets, LogBuckets) or (isinstance(buckets, Mapping) and "log" in buckets):
+        return "log"
+    return "quantiles" if isinstance(buckets, QuantileBuckets | Mapping) else "edges"
 
 
 class NumberField(_Labelled):
@@ -58,16 +105,34 @@ class NumberField(_Labelled):
     kind: Literal["number"]
     unit: str | None = None
     decimals: int | None = Field(default=None, ge=0, le=9)  # rounded so when rendered
-    buckets: Annotated[tuple[float, ...], Field(min_length=1)] | QuantileBuckets | None = None
+    # Digits that are kept when rendered. Left out of a dump where it says nothing, as `tail` is.
+    significant: int | None = Field(
+        default=None, ge=1, le=15, exclude_if=lambda digits: digits is None
+    )
+    buckets: (
+        Annotated[
+            Annotated[tuple[float, ...], Field(min_length=1), Tag("edges")]
+            | Annotated[QuantileBuckets, Tag("quantiles")]
+            | Annotated[LogBuckets, Tag("log")],
+            Discriminator(_buckets_kind),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
-    def _edges_rise(self) -> Self:
-        if isinstance(self.buckets, tuple):
-            rises = all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False))
-            if not rises:
-                msg = "bucket edges must rise strictly"
-                raise ValueError(msg)
+    def _one_way_to_write(self) -> Self:
+        if isinstance(self.buckets, tuple) and not _rises(self.buckets):
+            msg = "bucket edges must rise strictly"
+            raise ValueError(msg)
+        if self.significant is not None and (self.decimals is not None or self.buckets):
+            other = "decimals" if self.decimals is not None else "buckets"
+            msg = f"significant and {other} exclude each other: name one of them"
+            raise ValueError(msg)
         return self
+
+
+def _rises(values: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in pairwise(values))
 
 
 class CategoryField(_Labelled):

@@ -172,9 +172,9 @@ class ScriptedLog:
     def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:  # noqa: ARG002
         """Next records in the order of the script, as many as it says."""
         if self._listener is not None:
-            listener, self._listener = self._listener, None
             partitions = sorted({record.topic_partition for record in self._records})
-            self._positions = dict(listener.assigned(partitions))
+            self._positions = dict(self._listener.assigned(partitions))
+            self._listener = None  # not before: where it raises it is asked again
         wanted = min(max_records, next(self._batches, max_records))
         batch = [
             record
@@ -304,8 +304,8 @@ class Crashing:
 
     def _block(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @contextmanager
-        def block() -> Iterator[Any]:
-            with method() as inside:
+        def block(*args: object) -> Iterator[Any]:
+            with method(*args) as inside:
                 yield inside
                 self._boundaries.reach(f"before {name}'s end")
             self._boundaries.reach(f"after {name}'s end")

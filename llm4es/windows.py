@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from llm4es.errors import InvalidEvent, LLM4ESError
-from llm4es.events import Event, EventKey
+from llm4es.events import EPOCH, LATEST_TIME, Event, EventKey, entity_hash
 from llm4es.schema import FrozenModel
 
 __all__ = [
@@ -175,11 +175,13 @@ def fold(
     """Put an event into its place.
 
     `recorded_at` is the record's timestamp. Coordinates and version are the caller's to
-    advance. Raises InvalidEvent for an event too far in the future of its record, and for one
-    whose line alone is longer than a chapter may be.
+    advance. Raises InvalidEvent for an event too far in the future of its record, for one whose
+    line alone is longer than a chapter may be, and for one whose `as_of` no store could keep.
     """
-    if event.occurred_at > recorded_at + policy.max_clock_skew:
-        ahead = event.occurred_at - recorded_at
+    if recorded_at >= LATEST_TIME:
+        raise _outside(recorded_at)
+    ahead = event.occurred_at - recorded_at
+    if ahead > policy.max_clock_skew:
         raise InvalidEvent(
             "event_time", f"{ahead} after its record, more than max_clock_skew allows"
         )
@@ -188,12 +190,14 @@ def fold(
             "value", f"its line is longer than a chapter may be ({policy.max_chapter_tokens})"
         )
     newest = window.newest
-    if newest is not None and event.occurred_at < newest - policy.allowed_lateness:
+    if newest is not None and newest - event.occurred_at > policy.allowed_lateness:
         return Folded(window=window, outcome=Outcome.LATE)
     chapters = _insert(window.chapters, event, _Cutter(policy, measure))
     if chapters is None:
         return Folded(window=window, outcome=Outcome.DUPLICATE)
     as_of = next_as_of(recorded_at, event.occurred_at, window.as_of)
+    if not EPOCH <= as_of < LATEST_TIME:
+        raise _outside(as_of)
     return Folded(window=replace(window, chapters=chapters, as_of=as_of), outcome=Outcome.ACCEPTED)
 
 
@@ -204,8 +208,7 @@ def visible_chapters(window: Window, policy: WindowPolicy) -> range:
         return range(max(0, total - policy.max_chapters), total)
     newest = window.newest
     if policy.max_age is not None and newest is not None:
-        horizon = newest - policy.max_age
-        hidden = sum(1 for chapter in window.chapters if chapter.last[0] < horizon)
+        hidden = sum(1 for c in window.chapters if newest - c.last[0] > policy.max_age)
         return range(hidden, total)
     return range(total)
 
@@ -233,8 +236,7 @@ def settle(
     newest = window.newest
     if newest is None:
         return window
-    cutoff = newest - policy.allowed_lateness
-    sealed = sum(1 for opener in chapters[1:] if opener.first[0] < cutoff)
+    sealed = sum(1 for opener in chapters[1:] if newest - opener.first[0] > policy.allowed_lateness)
     for index in range(sealed):
         if chapters[index].sums is not None:
             chapters[index] = replace(chapters[index], events=())
@@ -242,8 +244,7 @@ def settle(
         # At least that many sealed chapters are newer: it can never be seen again.
         return replace(window, chapters=tuple(chapters[max(0, sealed - policy.max_chapters) :]))
     if policy.max_age is not None:
-        horizon = newest - policy.max_age
-        hidden = sum(1 for chapter in chapters[:sealed] if chapter.last[0] < horizon)
+        hidden = sum(1 for c in chapters[:sealed] if newest - c.last[0] > policy.max_age)
         return replace(window, chapters=tuple(chapters[hidden:]))
     folded = _stored(chapters[:sealed])
     return replace(
@@ -308,11 +309,19 @@ def _insert(
         return None
     if not tail[0].events:
         # A sealed chapter's successor opens before any event that is not late.
-        msg = f"an event falls into a chapter of {event.entity_id!r} that is forgotten"
+        entity = entity_hash(event.entity_id)
+        msg = f"an event falls into a chapter of entity {entity} (BLAKE2b-64) that is forgotten"
         raise LLM4ESError(msg)
     events = sorted([event, *(known for chapter in tail for known in chapter.events)], key=_key)
     later = tuple(chapter for chapter in tail if chapter.first > event.key)
     return head + cutter.cut(events, until=later)
+
+
+def _outside(moment: datetime) -> InvalidEvent:
+    return InvalidEvent(
+        "timestamp",
+        f"as_of would be in year {moment.year}, not in {EPOCH.year} to {LATEST_TIME.year - 1}",
+    )
 
 
 def _key(event: Event) -> EventKey:

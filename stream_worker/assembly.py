@@ -13,7 +13,11 @@ from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
-from stream_worker.log_checks import refuse_changed_log, refuse_foreign_keys
+from stream_worker.log_checks import (
+    refuse_changed_log,
+    refuse_foreign_keys,
+    refuse_other_topic,
+)
 from stream_worker.metrics import Metrics
 from stream_worker.ports import DeadLetters, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
@@ -84,16 +88,23 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
         yield Assembled(Worker(parts, _policy(settings)), parts, embedder)
 
 
-def open_window_store(settings: WorkerSettings, bundle: Bundle) -> WindowStore:
-    """Open the store a URL names. Raises ConfigError, SinkUnavailable."""
+def open_window_store(
+    settings: WorkerSettings, bundle: Bundle, *, read_only: bool = False
+) -> WindowStore:
+    """Open the store a URL names. Raises ConfigError, SinkUnavailable.
+
+    What is wrong with a URL is not repeated: it may be a piece of the password.
+    """
     url = settings.window_store.get_secret_value()
     scheme, _, rest = url.partition(":")
     if scheme == "sqlite":
-        return SqliteWindowStore(Path(rest.removeprefix("//")), bundle.id)
+        return SqliteWindowStore(Path(rest.removeprefix("//")), bundle.id, read_only=read_only)
     if scheme in {"redis", "rediss", "unix"}:
         return RedisWindowStore(url, bundle.id)
     raise ConfigError(
-        "window_store", f"knows no scheme {scheme!r}", "write sqlite:PATH or redis://host:port/db"
+        "window_store",
+        "its scheme is none of sqlite, redis, rediss and unix",
+        "write sqlite:PATH or redis://:PASSWORD@host:port/db, special characters %-encoded",
     )
 
 
@@ -136,16 +147,20 @@ def _open_log(
 
 def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) -> None:
     description = source.describe()
-    refuse_changed_log(description, store.identity(description.identity.topic))
+    topic = description.identity.topic
+    refuse_other_topic(topic, store.topics())
+    refuse_changed_log(description, store.identity(topic))
     refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
 
 
 def _policy(settings: WorkerSettings) -> WorkerPolicy:
+    keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
+    delay = timedelta(milliseconds=settings.availability_delay_ms)
     return WorkerPolicy(
         max_records=settings.max_records,
         poll_timeout_s=settings.poll_timeout_ms / 1000,
         max_value_bytes=settings.max_value_bytes,
-        availability_delay=timedelta(milliseconds=settings.availability_delay_ms),
+        availability_delay=None if keeps_timestamps else delay,
         every_event=settings.every_event,
         until_end=settings.until_end,
         unproven_start=settings.unproven_start,

@@ -72,7 +72,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         try:
             settings = load_settings(flags, given.pop("config"))
         except SettingsProblem as problem:
-            _fail(f"{problem}; give --{_dashed(problem.field)}, see --help", _CONFIG_EXIT)
+            _fail(str(problem), _CONFIG_EXIT)
         with _refusing():
             command(settings, **given)
 

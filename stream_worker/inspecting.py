@@ -13,7 +13,7 @@ from llm4es.bundle import Bundle, load_bundle
 from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.errors import ConfigError
 from llm4es.events import Event
-from llm4es.feast import open_sink
+from llm4es.feast import open_reader
 from llm4es.features import FeatureRow
 from llm4es.windows import Chapter, Window, visible_chapters
 from stream_worker.assembly import open_window_store
@@ -49,10 +49,13 @@ class _ChapterView:
 
 
 def show_entity(settings: WorkerSettings, entity_id: str, *, as_json: bool) -> None:
-    """Print an entity's window, text, surprise and online row. Raises ConfigError if unknown."""
+    """Print an entity's window, text, surprise and online row. Raises ConfigError if unknown.
+
+    It looks, beside a worker or without one: nothing is made, recovered or rolled.
+    """
     with ExitStack() as stack:
         bundle = load_bundle(settings.bundle)
-        store = open_window_store(settings, bundle)
+        store = open_window_store(settings, bundle, read_only=True)
         stack.callback(store.close)
         window = store.read(entity_id)
         if window is None:
@@ -61,16 +64,9 @@ def show_entity(settings: WorkerSettings, entity_id: str, *, as_json: bool) -> N
                 f"the window store holds no {bundle.manifest.entity} of that id",
                 "look at the id, and at --window-store and --bundle",
             )
-        sink = open_sink(
-            settings.feature_repo,
-            bundle,
-            config_file=settings.feature_store_file,
-            writer_id="inspect",
-            roll_rows=settings.journal_roll_rows,
-            roll_s=settings.journal_roll_s,
-        )
-        stack.callback(sink.close)
-        online = sink.read([entity_id])[0]
+        reader = open_reader(settings.feature_repo, bundle, config_file=settings.feature_store_file)
+        stack.callback(reader.close)
+        online = reader.read([entity_id])[0]
         embedder = open_embedder(bundle, device=settings.device, threads=settings.threads)
         chapters = list(_chapters(bundle, embedder, window))
     if as_json:

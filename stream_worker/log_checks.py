@@ -4,16 +4,35 @@ DESIGN 4: "A log may change under us" and "Stores may lose their tail".
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from llm4es.errors import BundleMismatch, InvalidEvent
 from llm4es.events import Record, TopicPartition, decode_object, entity_id_of
 from llm4es.schema import EventSchema
 from stream_worker.ports import LogDescription, LogIdentity
 
-__all__ = ["refuse_changed_log", "refuse_foreign_keys", "start_positions"]
+__all__ = [
+    "refuse_changed_log",
+    "refuse_foreign_keys",
+    "refuse_other_topic",
+    "start_positions",
+]
 
 log = logging.getLogger(__name__)
+
+
+def refuse_other_topic(topic: str, folded_from: Collection[str]) -> None:
+    """Refuse a topic under windows of another: every entity they know stands in that one.
+
+    Raises BundleMismatch.
+    """
+    others = sorted(set(folded_from) - {topic})
+    if others:
+        raise BundleMismatch(
+            f"topic {topic}",
+            f"the window store was folded from topic {', '.join(others)}",
+            f"use another --window-store, or topic {others[0]}",
+        )
 
 
 def refuse_changed_log(found: LogDescription, known: LogIdentity | None) -> None:
@@ -29,14 +48,21 @@ def refuse_changed_log(found: LogDescription, known: LogIdentity | None) -> None
             "set cleanup.policy=delete and produce the history again",
         )
     if found.timestamps == "create":
+        raise BundleMismatch(
+            f"topic {topic}",
+            "keeps the producers' timestamps (CreateTime) without a bound, so that one wrong clock "
+            "decides for good what a label may see",
+            "set message.timestamp.type=LogAppendTime, or bound it: message.timestamp.after.max.ms",
+        )
+    if found.timestamps == "create_bounded":
         log.warning(
-            "topic %s keeps the producers' timestamps (CreateTime) without a bound: a wrong clock "
-            "decides what a label may see; set message.timestamp.type=LogAppendTime",
+            "topic %s keeps the producers' timestamps (CreateTime): within their bound a wrong "
+            "clock decides what a label may see; better is message.timestamp.type=LogAppendTime",
             topic,
         )
     if known is None:
         return
-    if known.topic_id != found.identity.topic_id:
+    if known.topic_id and known.topic_id != found.identity.topic_id:
         raise BundleMismatch(
             f"topic {topic}",
             "was deleted and created anew since these windows were folded",
@@ -98,8 +124,8 @@ def start_positions(
 def refuse_foreign_keys(records: Sequence[Record], schema: EventSchema, entity: str) -> None:
     """Refuse a topic that is keyed by something else than this entity's id in UTF-8.
 
-    Judged on a sample: a topic where not one key fits is keyed otherwise, while single records
-    with a wrong key are dead letters. Raises BundleMismatch.
+    Judged on a sample, by its majority: ids of two entities coincide now and then, and single
+    records with a wrong key are dead letters. Raises BundleMismatch.
     """
     field = schema.entity(entity).field
     keyed = foreign = 0
@@ -112,10 +138,10 @@ def refuse_foreign_keys(records: Sequence[Record], schema: EventSchema, entity: 
             keyed += 1
         else:
             foreign += 1
-    if foreign and not keyed:
+    if foreign > keyed:
         raise BundleMismatch(
             f"topic {records[0].topic}",
-            f"is not keyed by {field}: none of {foreign} records looked at has the {entity}'s id "
-            "as its key",
+            f"is not keyed by {field}: {foreign} of {foreign + keyed} records looked at have "
+            f"another key than the {entity}'s id",
             f"produce with the key {field} in UTF-8, or repartition the topic by {entity}",
         )

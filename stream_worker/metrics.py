@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llm4es.errors import ConfigError
 from llm4es.windows import Outcome
 from stream_worker.ports import DeadLetter
 
@@ -26,6 +27,8 @@ _COUNTERS: Mapping[str, tuple[str, str | None]] = {  # name: (what it counts, to
     "redelivered": ("Records that were folded already", None),
     "fenced": ("Batches dropped for another worker's sake", None),
     "retries": ("Batches read again, a store or log being away", None),
+    "store_lost": ("Times the window store was found to have lost its tail", None),
+    "unproven_rows": ("Rows published of windows that lack the log's beginning", None),
 }
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -40,6 +43,7 @@ class Summary:
     late: int
     dead_letters: dict[str, int]  # by field
     rows: int
+    unproven_rows: int  # of them, those whose windows lack the log's beginning
     busy_s: float  # from poll to commit, summed over batches
     freshness_p50_s: float  # of rows, from poll to readable online
     freshness_p99_s: float
@@ -62,19 +66,25 @@ class Metrics(Collector):
         self._busy_s = 0.0
 
     def serve(self, port: int) -> None:
-        """Serve the registry over HTTP."""
-        start_http_server(port, registry=self.registry)
+        """Serve the registry over HTTP. Raises ConfigError where the port cannot be had."""
+        try:
+            start_http_server(port, registry=self.registry)
+        except OSError as error:
+            raise ConfigError(
+                "metrics_port", f"port {port} cannot be had ({error.strerror})", "name a free one"
+            ) from error
 
     def batch(self, records: int, *, seconds: float) -> None:
         """Count a batch that is done, `seconds` after it was polled."""
         self._count("records", records)
         self._busy_s += seconds
 
-    def published(self, rows: int, *, seconds: float) -> None:
+    def published(self, rows: int, *, seconds: float, unproven: int = 0) -> None:
         """Count rows that became readable online, `seconds` after their batch was polled."""
         if not rows:
             return
         self._count("embeddings", rows)
+        self._count("unproven_rows", unproven)
         self._recent.append((seconds, rows))
         self._freshness[bisect_left(_BUCKETS, seconds)] += rows
         self._freshness_sum_s += rows * seconds
@@ -95,6 +105,10 @@ class Metrics(Collector):
         """Count a batch that was dropped because another worker wrote a window."""
         self._count("fenced", 1)
 
+    def store_lost(self) -> None:
+        """Count a window store that holds less than it did."""
+        self._count("store_lost", 1)
+
     def retried(self) -> None:
         """Count a batch that is read again because a store or the log was away."""
         self._count("retries", 1)
@@ -109,6 +123,7 @@ class Metrics(Collector):
             late=self._tally["events", Outcome.LATE],
             dead_letters=dict(self._labelled("dead_letters")),
             rows=self._tally["embeddings", ""],
+            unproven_rows=self._tally["unproven_rows", ""],
             busy_s=self._busy_s,
             freshness_p50_s=p50,
             freshness_p99_s=p99,

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from llm4es.features import Embedded, FeatureRow
 from llm4es.windows import Window
 
 __all__ = [
+    "NO_OFFSETS",
     "AssignmentListener",
     "DeadLetter",
     "DeadLetters",
@@ -30,6 +32,7 @@ __all__ = [
 
 
 Timestamps = Literal["log_append", "create_bounded", "create", "none"]
+NO_OFFSETS: Final[Mapping[TopicPartition, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class LogIdentity:
     """What must not change under windows that were folded from a log."""
 
     topic: str
-    topic_id: str
+    topic_id: str  # empty as long as nothing tells the log from another: a file without a line
     partitions: int
 
 
@@ -72,7 +75,10 @@ class AssignmentListener(Protocol):
 
 
 class RecordSource(Protocol):
-    """A partitioned log. Raises SourceUnavailable where it cannot be read now."""
+    """A partitioned log. Raises SourceUnavailable where it cannot be read now.
+
+    Raises BundleMismatch where records that were due next are gone before they were read.
+    """
 
     def describe(self) -> LogDescription:
         """Ask the log what it is. Raises ConfigError where it does not exist."""
@@ -103,7 +109,10 @@ class RecordSource(Protocol):
         ...
 
     def remaining(self) -> int | None:
-        """Records between here and the end of the assigned partitions; None before assignment."""
+        """Records between here and the end of the assigned partitions; None before assignment.
+
+        0 for a member that the group has given none.
+        """
         ...
 
     def close(self) -> None:
@@ -123,7 +132,7 @@ class WindowTransaction(Protocol):
         ...
 
     def advance(self, next_offsets: Mapping[TopicPartition, int]) -> None:
-        """Write the store's offsets when the block ends, after all windows."""
+        """Write the store's offsets when the block ends, after all windows; none moves back."""
         ...
 
 
@@ -132,11 +141,18 @@ class WindowStore(Protocol):
 
     `begin` gives a block: leaving it writes the windows, each by compare-and-set on its version,
     then the offsets; an exception inside it writes nothing. Raises Fenced where another worker
-    has written a window meanwhile, SinkUnavailable where the store cannot be reached.
+    has written a window meanwhile, SinkUnavailable where the store cannot be reached, ConfigError
+    where it is no window store or refuses us.
     """
 
-    def begin(self) -> AbstractContextManager[WindowTransaction]:
-        """Open a batch."""
+    def begin(
+        self, held: Mapping[TopicPartition, int] = NO_OFFSETS
+    ) -> AbstractContextManager[WindowTransaction]:
+        """Open a batch on a store that is known to hold the log up to `held`.
+
+        It is looked at after windows are read, and again as offsets are written: StoreLost where
+        less is there.
+        """
         ...
 
     def read(self, entity_id: str) -> Window | None:
@@ -151,8 +167,18 @@ class WindowStore(Protocol):
         """Which log the windows were folded from; None in a fresh store."""
         ...
 
-    def remember(self, identity: LogIdentity) -> None:
-        """Record which log the windows are folded from."""
+    def topics(self) -> set[str]:
+        """Topics that windows here were folded from."""
+        ...
+
+    def unproven(self, topic: str) -> dict[TopicPartition, int]:
+        """Partitions whose beginning was gone when folding began, and where it began."""
+        ...
+
+    def remember(
+        self, identity: LogIdentity, unproven: Mapping[TopicPartition, int] = NO_OFFSETS
+    ) -> None:
+        """Record which log the windows are folded from, and what of it lacks its beginning."""
         ...
 
     def close(self) -> None:
@@ -187,7 +213,8 @@ class FeatureSink(Protocol):
         """Return only when every row is readable online, or superseded by a newer one.
 
         At most one row per entity. Idempotent: writing the same rows again changes nothing.
-        Checks dimension and finiteness itself (Feast does not). Raises SinkUnavailable (retry
+        Rows survive what the window store survives, where that is the sink's to say. Checks
+        dimension and finiteness itself (Feast does not). Raises SinkUnavailable (retry
         after `retry_after_s`), SinkRejected (our bug: stop).
         """
         ...
@@ -213,7 +240,7 @@ class DeadLetters(Protocol):
     """Where bad records wait for a person. At least once, told apart by coordinates."""
 
     def park(self, letters: Sequence[DeadLetter]) -> None:
-        """Return when every letter is durable. Raises SinkUnavailable."""
+        """Return when every letter is durable. Raises SinkUnavailable, ConfigError."""
         ...
 
     def close(self) -> None:

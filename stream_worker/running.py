@@ -52,6 +52,7 @@ def summary_table(summary: Summary) -> Table:
         ("late, dropped", f"{summary.late:,}"),
         ("dead letters", f"{sum(summary.dead_letters.values()):,}"),
         ("rows published", f"{summary.rows:,}"),
+        ("of them unproven", f"{summary.unproven_rows:,}"),
         ("events/s while busy", f"{rate:,.0f}"),
         ("poll to readable p50", f"{summary.freshness_p50_s * 1000:,.0f} ms"),
         ("poll to readable p99", f"{summary.freshness_p99_s * 1000:,.0f} ms"),

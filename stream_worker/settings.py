@@ -17,15 +17,15 @@ from pydantic_settings.exceptions import SettingsError
 __all__ = ["ENV_PREFIX", "SettingsProblem", "WorkerSettings", "load_settings"]
 
 ENV_PREFIX = "LLM4ES_"
+_CENTURY_MS = 100 * 365 * 86_400_000
 
 
 class SettingsProblem(Exception):
-    """A setting is wrong: its name and what is wrong with it."""
+    """A setting is wrong: its name, what is wrong with it, and what to do."""
 
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}; {remedy}")
         self.field = field
-        self.problem = problem
 
 
 class WorkerSettings(BaseSettings):
@@ -60,14 +60,19 @@ class WorkerSettings(BaseSettings):
         None, description="Field of a file's records that says when the log got them"
     )
     availability_delay_ms: int = Field(
-        0, ge=0, description="How long after it occurred an event of a file is known"
+        0,
+        ge=0,
+        le=_CENTURY_MS,
+        description="How long after it occurred an event of a file is known",
     )
 
     window_store: SecretStr = Field(
         SecretStr("sqlite:build/state/windows.db"),
         description="sqlite:PATH for one worker, redis://... for a group",
     )
-    state_dir: Path = Field(Path("build/state"), description="Journals and a file's dead letters")
+    state_dir: Path = Field(
+        Path("build/state"), description="Folder of dead-letters.jsonl, with --source file"
+    )
 
     max_records: int = Field(512, ge=1, description="Records of one batch at most")
     poll_timeout_ms: int = Field(200, ge=1, description="How long a poll waits for records")
@@ -109,8 +114,7 @@ def load_settings(flags: Mapping[str, Any], config: Path | None) -> WorkerSettin
 
     Raises SettingsProblem naming the setting; an unknown key of the file is one.
     """
-    if config is not None and not config.is_file():
-        raise SettingsProblem("config", f"{config} is no file")
+    _refuse_unreadable(config)
 
     class FromFile(WorkerSettings):
         model_config = SettingsConfigDict(yaml_file=config)
@@ -120,6 +124,28 @@ def load_settings(flags: Mapping[str, Any], config: Path | None) -> WorkerSettin
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise SettingsProblem(name, first["msg"]) from error
-    except (SettingsError, yaml.YAMLError) as error:
-        raise SettingsProblem("config", " ".join(str(error).split())) from error
+        remedy = f"give --{name.replace('_', '-')}, see --help"
+        if first["type"] == "extra_forbidden":
+            remedy = "take it out of the file; --help names the settings"
+        raise SettingsProblem(name, first["msg"], remedy) from error
+    except SettingsError as error:  # of the environment: text that is no value of its kind
+        raise SettingsProblem("environment", " ".join(str(error).split()), "see --help") from error
+
+
+def _refuse_unreadable(config: Path | None) -> None:
+    """Refuse a file that is no YAML mapping from names to values."""
+    if config is None:
+        return
+    try:
+        document = yaml.safe_load(config.read_bytes())
+    except OSError as error:
+        problem = f"{config} cannot be read ({error.strerror})"
+        raise SettingsProblem("config", problem, "name a YAML file of settings") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = f"{config} is no YAML in UTF-8 ({' '.join(str(error).split())})"
+        raise SettingsProblem("config", problem, "mend the file") from error
+    if document is not None and not (
+        isinstance(document, dict) and all(isinstance(name, str) for name in document)
+    ):
+        problem = f"{config} is no mapping from names to values"
+        raise SettingsProblem("config", problem, "write lines like `max_records: 512`")

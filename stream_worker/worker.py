@@ -2,11 +2,10 @@
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import timedelta
 
 from llm4es.bundle import Bundle
 from llm4es.errors import (
@@ -15,26 +14,26 @@ from llm4es.errors import (
     NonFiniteEmbedding,
     SinkUnavailable,
     SourceUnavailable,
+    StoreLost,
 )
-from llm4es.events import Event, Record, TopicPartition, coordinates_id, parse_event
+from llm4es.events import Record, TopicPartition
 from llm4es.features import FeatureRow, feature_row
-from llm4es.windows import Outcome, Window, fold, settle
-from stream_worker.log_checks import refuse_changed_log, start_positions
+from llm4es.windows import Window, settle
+from stream_worker.folding import Coordinates, Folding, RecordFolder, coordinates_of
+from stream_worker.log_checks import refuse_changed_log, refuse_other_topic, start_positions
 from stream_worker.metrics import Metrics
 from stream_worker.ports import (
-    DeadLetter,
     DeadLetters,
     Embedder,
     FeatureSink,
     RecordSource,
     WindowStore,
+    WindowTransaction,
 )
 
 __all__ = ["Parts", "Worker", "WorkerPolicy"]
 
 log = logging.getLogger(__name__)
-
-Coordinates = tuple[TopicPartition, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +56,10 @@ class WorkerPolicy:
     max_records: int = 512
     poll_timeout_s: float = 0.2
     max_value_bytes: int = 1 << 20
-    availability_delay: timedelta = timedelta(0)  # where the log keeps no timestamps
+    availability_delay: timedelta | None = timedelta(0)  # None: the log keeps its own timestamps
     every_event: bool = False
     until_end: bool = False
     unproven_start: bool = False
-
-
-@dataclass(slots=True)
-class _Folding:
-    """A batch, folded: windows in their last state, and the states that become rows."""
-
-    windows: dict[str, Window]
-    states: list[Window] = field(default_factory=list)
-    letters: list[DeadLetter] = field(default_factory=list)
-    changed: set[str] = field(default_factory=set)
-    accepted: dict[str, list[tuple[Record, Event]]] = field(default_factory=dict)
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-    redelivered: int = 0
 
 
 class Worker:
@@ -93,6 +79,15 @@ class Worker:
         self._dead_letters = parts.dead_letters
         self._metrics = parts.metrics
         self._policy = policy
+        self._folder = RecordFolder(
+            parts.bundle,
+            max_value_bytes=policy.max_value_bytes,
+            availability_delay=policy.availability_delay,
+            every_event=policy.every_event,
+        )
+        self._held: dict[TopicPartition, int] = {}  # next offsets that the store has shown
+        self._unproven: set[tuple[str | None, int | None]] = set()
+        self._lost = False
         self._stopping = False
 
     def stop(self) -> None:
@@ -104,6 +99,7 @@ class Worker:
         self._source.subscribe(self)
         while not self._stopping:
             with self._waiting_out():
+                self._return_to_what_is_held()
                 polled = self.step()
                 if not polled and self._policy.until_end and self._source.remaining() == 0:
                     return
@@ -131,124 +127,60 @@ class Worker:
         """
         description = self._source.describe()
         topic = description.identity.topic
+        refuse_other_topic(topic, self._store.topics())
         refuse_changed_log(description, self._store.identity(topic))
+        stored = self._store.offsets(topic)
         positions = start_positions(
             description,
             partitions,
-            stored=self._store.offsets(topic),
+            stored=stored,
             committed=self._source.committed(partitions),
             unproven_start=self._policy.unproven_start,
         )
-        self._store.remember(description.identity)
+        unproven = {tp: at for tp, at in positions.items() if tp not in stored and at > 0}
+        self._store.remember(description.identity, unproven)
+        self._tell_unproven(self._store.unproven(topic), partitions)
+        self._held |= {tp: stored.get(tp, 0) for tp in partitions}
         log.info("assigned: %s", ", ".join(f"{tp.partition}@{at}" for tp, at in positions.items()))
         return positions
 
     def revoked(self, partitions: Sequence[TopicPartition]) -> None:
-        """Nothing of a partition outlives its batch here, so there is nothing to forget."""
+        """Another worker may own them now, so what the store holds of them is its concern."""
+        for tp in partitions:
+            self._held.pop(tp, None)
         log.info("revoked: %s", ", ".join(str(tp.partition) for tp in partitions))
 
     def _carry_through(self, records: Sequence[Record], polled_at: float) -> None:
-        with self._store.begin() as txn:
-            poison: dict[Coordinates, InvalidEvent] = {}
-            while True:
-                folding = self._fold(records, txn.load, poison)
-                try:
-                    rows, windows = self._embed(folding)
-                except NonFiniteEmbedding as error:
-                    poison |= self._find_poison(folding, error)
-                    continue
-                break
+        with self._store.begin(self._held) as txn:  # raises where it holds less by now
+            folding, rows, windows = self._fold_and_embed(records, txn)
             self._sink.journal(rows)  # 1. publish: offline first, then online
             self._sink.publish(_newest(rows))
-            self._metrics.published(len(rows), seconds=time.monotonic() - polled_at)
-            if folding.letters:  # 2. park the bad ones
-                self._dead_letters.park(folding.letters)
-                self._metrics.dead(folding.letters)
-            for window in windows:  # 3. leaving the block: windows, then their offsets
-                txn.put(window)
+            readable_s = time.monotonic() - polled_at
+            if folding.letters:
+                self._dead_letters.park(folding.letters)  # 2. park the bad ones
+            for window in windows:
+                txn.put(window)  # 3. leaving the block: windows, then their offsets
             txn.advance(_next_offsets(records))
+        for tp, offset in _next_offsets(records).items():
+            self._held[tp] = max(offset, self._held.get(tp, 0))
         self._metrics.folded(folding.outcomes, folding.redelivered)
+        self._metrics.dead(folding.letters)
+        self._metrics.published(
+            len(rows), seconds=readable_s, unproven=self._count_unproven(folding, rows)
+        )
 
-    def _fold(
-        self,
-        records: Sequence[Record],
-        load: Callable[[Sequence[str]], dict[str, Window]],
-        poison: Mapping[Coordinates, InvalidEvent],
-    ) -> _Folding:
-        letters: list[DeadLetter] = []
-        parsed: list[tuple[Record, Event]] = []
-        for record in records:
+    def _fold_and_embed(
+        self, records: Sequence[Record], txn: WindowTransaction
+    ) -> tuple[Folding, list[FeatureRow], list[Window]]:
+        poison: dict[Coordinates, InvalidEvent] = {}
+        while True:
+            folding = self._folder.fold(records, txn.load, poison)
             try:
-                if (cause := poison.get((record.topic_partition, record.offset))) is not None:
-                    raise cause
-                parsed.append((record, self._parse(record)))
-            except InvalidEvent as cause:
-                letters.append(DeadLetter(record, cause))
-        entity_ids = sorted({event.entity_id for _, event in parsed})
-        folding = _Folding(windows=load(entity_ids), letters=letters)
-        for record, event in parsed:
-            try:
-                self._fold_one(folding, record, event)
-            except InvalidEvent as cause:
-                folding.letters.append(DeadLetter(record, cause))
-        if not self._policy.every_event:
-            folding.states = [folding.windows[entity_id] for entity_id in folding.accepted]
-        return folding
+                return folding, *self._embed(folding)
+            except NonFiniteEmbedding as error:
+                poison |= self._find_poison(folding, error)
 
-    def _fold_one(self, folding: _Folding, record: Record, event: Event) -> None:
-        window = folding.windows[event.entity_id]
-        if window.topic is not None and (window.topic, window.partition) != record.topic_partition:
-            raise InvalidEvent(
-                "partition",
-                f"the entity's records stand in partition {window.partition}, this one does not",
-            )
-        if record.offset < window.next_offset:
-            folding.redelivered += 1
-            return
-        folded = fold(
-            window,
-            event,
-            recorded_at=self._recorded_at(record, event),
-            policy=self._bundle.manifest.window,
-            measure=self._bundle.tokens.measure,
-        )
-        folding.outcomes[folded.outcome] += 1
-        folding.windows[event.entity_id] = replace(
-            folded.window,
-            topic=record.topic,
-            partition=record.partition,
-            next_offset=record.offset + 1,
-        )
-        folding.changed.add(event.entity_id)
-        if folded.outcome is Outcome.ACCEPTED:
-            folding.accepted.setdefault(event.entity_id, []).append((record, event))
-            if self._policy.every_event:
-                folding.states.append(folding.windows[event.entity_id])
-
-    def _parse(self, record: Record) -> Event:
-        if record.value is None:
-            raise InvalidEvent("value", "is null: this version cannot delete an entity yet")
-        if len(record.value) > self._policy.max_value_bytes:
-            raise InvalidEvent(
-                "value",
-                f"{len(record.value)} bytes, max_value_bytes is {self._policy.max_value_bytes}",
-            )
-        event = parse_event(
-            record.value,
-            self._bundle.schema,
-            entity=self._bundle.manifest.entity,
-            coordinates=coordinates_id(record.topic, record.partition, record.offset),
-        )
-        if record.key != event.entity_id.encode():
-            raise InvalidEvent("key", "is not the entity's id in UTF-8")
-        return event
-
-    def _recorded_at(self, record: Record, event: Event) -> datetime:
-        if record.timestamp is not None:
-            return record.timestamp
-        return event.occurred_at + self._policy.availability_delay
-
-    def _embed(self, folding: _Folding) -> tuple[list[FeatureRow], list[Window]]:
+    def _embed(self, folding: Folding) -> tuple[list[FeatureRow], list[Window]]:
         """Rows of the states to publish, and the windows to store, finished chapters settled."""
         if not folding.states:
             return [], [folding.windows[entity_id] for entity_id in sorted(folding.changed)]
@@ -276,7 +208,7 @@ class Worker:
         return rows, windows
 
     def _find_poison(
-        self, folding: _Folding, error: NonFiniteEmbedding
+        self, folding: Folding, error: NonFiniteEmbedding
     ) -> dict[Coordinates, InvalidEvent]:
         """Try each event of the entities concerned as a chapter of its own.
 
@@ -285,22 +217,39 @@ class Worker:
         poison: dict[Coordinates, InvalidEvent] = {}
         for entity_id in {folding.states[row].entity_id for row in error.rows}:
             for record, event in folding.accepted[entity_id]:
-                alone = fold(
-                    Window(entity_id=entity_id),
-                    event,
-                    recorded_at=self._recorded_at(record, event),
-                    policy=self._bundle.manifest.window,
-                    measure=self._bundle.tokens.measure,
-                ).window
                 try:
-                    self._embedder.embed([alone])
+                    self._embedder.embed([self._folder.fold_alone(record, event)])
                 except NonFiniteEmbedding:
-                    poison[record.topic_partition, record.offset] = InvalidEvent(
+                    poison[coordinates_of(record)] = InvalidEvent(
                         "value", "the model's output for this event alone is not finite"
                     )
         if not poison:
             raise error
         return poison
+
+    def _count_unproven(self, folding: Folding, rows: Sequence[FeatureRow]) -> int:
+        if not self._unproven:
+            return 0
+        windows = (folding.windows[row.entity_id] for row in rows)
+        return sum((window.topic, window.partition) in self._unproven for window in windows)
+
+    def _tell_unproven(
+        self, unproven: Mapping[TopicPartition, int], partitions: Sequence[TopicPartition]
+    ) -> None:
+        self._unproven |= set(unproven)
+        for tp in partitions:
+            if tp in unproven:
+                log.warning(
+                    "windows of partition %d of %s begin at offset %d, what came before is gone: "
+                    "their rows are unproven",
+                    *(tp.partition, tp.topic, unproven[tp]),
+                )
+
+    def _return_to_what_is_held(self) -> None:
+        """Ask the store anew where to go on, once it was found to have lost its tail."""
+        if self._lost:
+            self._source.seek(self.assigned(sorted(self._held)))
+            self._lost = False
 
     def _rewind(self, records: Sequence[Record]) -> None:
         """Go back to the batch's first records: nothing of it was committed."""
@@ -321,6 +270,10 @@ class Worker:
         except Fenced as error:
             log.warning("%s; the batch is dropped and read again", error)
             self._metrics.fenced()
+        except StoreLost as error:
+            log.warning("%s; the log is read again from where the store stands", error)
+            self._metrics.store_lost()
+            self._lost = True
 
     def _pause(self, seconds: float) -> None:
         """Wait, but not past a stop."""

@@ -28,6 +28,24 @@ def run(
     )
 
 
+def run_script(script: str, *, cwd: Path, timeout_s: float) -> "subprocess.CompletedProcess[str]":
+    """A shell script to its end; what it started ends with it, also when it takes too long."""
+    with subprocess.Popen(
+        ["/bin/sh", "-c", script],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 class Background:
     """`python -m ...` that goes on while the test does; its output is in files."""
 

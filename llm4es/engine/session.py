@@ -24,6 +24,7 @@ __all__ = ["FullGraph"]
 log = logging.getLogger(__name__)
 
 _INPUTS = {"input_ids", "token_weights"}
+_SHOWN_REASON = 300  # characters of onnxruntime's own message
 
 
 class FullGraph:
@@ -35,6 +36,7 @@ class FullGraph:
     """
 
     def __init__(self, path: Path, *, device: Device, threads: int) -> None:
+        self._path = path
         refuse_two_runtimes([d.metadata["Name"] for d in metadata.distributions()])
         wanted = choose_providers(device, ort.get_available_providers())
         options = ort.SessionOptions()
@@ -65,14 +67,19 @@ class FullGraph:
     def run(
         self, input_ids: NDArray[np.int64], token_weights: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Read B chapters of one length L: pooled (B, R, state_dim), nats (B, L) or None."""
-        found = dict(
-            zip(
-                self._outputs,
-                self._session.run(
-                    self._outputs, {"input_ids": input_ids, "token_weights": token_weights}
-                ),
-                strict=True,
-            )
-        )
+        """Read B chapters of one length L: pooled (B, R, state_dim), nats (B, L) or None.
+
+        Raises BundleMismatch where onnxruntime cannot run the graph on this machine.
+        """
+        inputs = {"input_ids": input_ids, "token_weights": token_weights}
+        try:
+            outputs = self._session.run(self._outputs, inputs)
+        except Exception as error:  # onnxruntime raises pybind types of its own
+            reason = " ".join(str(error).split())[:_SHOWN_REASON]
+            raise BundleMismatch(
+                str(self._path),
+                f"onnxruntime cannot run it ({reason})",
+                "where memory is short lower --max-records; else export the bundle again",
+            ) from error
+        found = dict(zip(self._outputs, outputs, strict=True))
         return found["pooled"], found.get("token_nats")

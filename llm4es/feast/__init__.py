@@ -1,14 +1,17 @@
 """The Feast plugin: the only part that imports Feast."""
 
 from llm4es.feast.definitions import Definitions, ViewSpec, define, read_view_spec, view_spec
+from llm4es.feast.online_reader import OnlineReader, open_reader
 from llm4es.feast.reader import read_as_of
 from llm4es.feast.sink import FeastSink, open_sink
 
 __all__ = [
     "Definitions",
     "FeastSink",
+    "OnlineReader",
     "ViewSpec",
     "define",
+    "open_reader",
     "open_sink",
     "read_as_of",
     "read_view_spec",

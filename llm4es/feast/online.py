@@ -18,6 +18,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from numpy.typing import NDArray
 
 from llm4es.errors import SinkRejected, SinkUnavailable
+from llm4es.events import entity_hash
 from llm4es.features import FeatureRow
 
 __all__ = ["OnlineRows", "PortableRows", "ViewTarget", "encode_row", "encode_vector", "scalars"]
@@ -192,7 +193,8 @@ class PortableRows:
         for row, moment in zip(rows, standing, strict=True):
             # Some stores keep whole seconds.
             if moment is None or moment < row.as_of.replace(microsecond=0):
-                raise SinkRejected(f"online store: {row.entity_id!r} is not there after writing it")
+                entity = entity_hash(row.entity_id)
+                raise SinkRejected(f"online store: entity {entity} is not there after writing it")
             self._newest[row.entity_id] = row.as_of
             self._newest.move_to_end(row.entity_id)
         while len(self._newest) > _REMEMBERED:

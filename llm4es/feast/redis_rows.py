@@ -133,9 +133,10 @@ class RedisRows:
             pipe = self._client.pipeline(transaction=False)
             for entity_id in entity_ids:
                 pipe.hget(self._key(entity_id), self._timestamp_field)
-            found = pipe.execute()
+            found = pipe.execute(raise_on_error=False)
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
+        _raise_first(found)
         return [None if value is None else _moment(value) for value in found]
 
     def sync(self) -> None:
@@ -154,9 +155,7 @@ class RedisRows:
                 answers = self._send(calls)  # rows that were written answer "the same stands"
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise translate_redis_error(answer) from answer
+        _raise_first(answers)
         return answers
 
     def _send(self, calls: Sequence[tuple[bytes | str | int, ...]]) -> list[Any]:
@@ -197,6 +196,13 @@ def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected | 
     if isinstance(error, _AWAY) or str(error).startswith(_PASSING):
         return SinkUnavailable(message)
     return SinkRejected(message)
+
+
+def _raise_first(answers: Sequence[Any]) -> None:
+    """Raise what a pipeline answered: its own `raise_on_error` adds the key, so an entity's id."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise translate_redis_error(answer) from answer
 
 
 def _moment(value: bytes) -> datetime:

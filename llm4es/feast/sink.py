@@ -4,50 +4,25 @@ Feast warns, or says nothing, where it drops a row, keeps NaN or keeps a vector 
 length; so everything is checked here, when the sink is opened and for each row.
 """
 
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from feast import FeatureStore, FeatureView, KafkaSource
-from feast.errors import FeastError, FeastObjectNotFoundException, FeatureViewNotFoundException
-from feast.repo_config import FeastConfigError
-from pydantic import ValidationError
-from yaml import YAMLError
+from feast import KafkaSource
 
 from llm4es.bundle import Bundle
-from llm4es.errors import BundleMismatch, ConfigError, SinkRejected, SinkUnavailable
-from llm4es.feast.definitions import (
-    FIELDS,
-    TIMESTAMP_FIELD,
-    ViewSpec,
-    join_key_of,
-    view_spec,
-    view_tags,
-)
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
+from llm4es.events import EPOCH, entity_hash
+from llm4es.feast.definitions import ViewSpec
 from llm4es.feast.journal import OfflineJournal
 from llm4es.feast.offline_log import log_folder
-from llm4es.feast.online import OnlineRows, PortableRows, ViewTarget
-from llm4es.features import FeatureRow, view_name
+from llm4es.feast.online import OnlineRows, ViewTarget
+from llm4es.feast.online_reader import OnlineReader
+from llm4es.feast.opening import apply_command, open_rows, open_target
+from llm4es.features import FeatureRow
 
 __all__ = ["FeastSink", "open_sink"]
-
-log = logging.getLogger(__name__)
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_CHECKED_TAGS = (
-    "bundle_id",
-    "dim",
-    "entity",
-    "scales",
-    "surprise_columns",
-    "schema_sha256",
-    "rendering_sha256",
-)
 
 
 class FeastSink:
@@ -65,6 +40,7 @@ class FeastSink:
         self._columns = len(spec.surprise_columns)
         self._journal = journal
         self._online = online
+        self._reader = OnlineReader(target, online)
         self.superseded = 0
 
     @property
@@ -88,37 +64,25 @@ class FeastSink:
     def publish(self, rows: Sequence[FeatureRow]) -> None:
         """Return only when every row is readable online, or superseded by a newer one.
 
-        At most one row per entity. Idempotent. Raises SinkUnavailable, SinkRejected.
+        At most one row per entity. Idempotent. Synced, where that is ours to do. Raises
+        SinkUnavailable, SinkRejected.
         """
         self._refuse_broken(rows)
         entity, times = (
             Counter(row.entity_id for row in rows).most_common(1)[0] if rows else ("", 0)
         )
         if times > 1:
-            raise SinkRejected(f"entity {entity!r} has {times} rows in one call")
-        self.superseded += len(self._online.write(rows)) if rows else 0
+            raise SinkRejected(f"entity {entity_hash(entity)} has {times} rows in one call")
+        if rows:
+            self.superseded += len(self._online.write(rows))
+            self._online.sync()  # rows survive what the offsets survive
 
     def read(self, entity_ids: Sequence[str]) -> list[FeatureRow | None]:
         """Online rows as a stock client sees them; `as_of` as exactly as the store knows it.
 
         `last_event_time` is in whole seconds. Raises SinkUnavailable.
         """
-        if not entity_ids:
-            return []
-        moments = self._online.as_of(entity_ids)
-        view = self._target.view.name
-        try:
-            found = self._target.store.get_online_features(
-                features=[f"{view}:{name}" for name in FIELDS],
-                entity_rows=[{self._target.join_key: entity_id} for entity_id in entity_ids],
-            ).to_dict()
-        except Exception as error:
-            # Vendors' errors come through Feast as they are.
-            raise SinkUnavailable(f"online store: {error!r}") from error
-        return [
-            None if moment is None else _row(entity_id, moment, found, index)
-            for index, (entity_id, moment) in enumerate(zip(entity_ids, moments, strict=True))
-        ]
+        return self._reader.read(entity_ids)
 
     def roll(self) -> None:
         """Return when every journalled row is in a part that readers see."""
@@ -151,7 +115,8 @@ class FeastSink:
         for row in rows:
             problem = self._problem(row)
             if problem is not None:
-                raise SinkRejected(f"row of {row.entity_id!r} at {row.as_of}: {problem}")
+                entity = entity_hash(row.entity_id)
+                raise SinkRejected(f"row of entity {entity} at {row.as_of}: {problem}")
 
     def _problem(self, row: FeatureRow) -> str | None:
         for name, vector, size in (
@@ -167,7 +132,7 @@ class FeastSink:
             ("surprise_last is not finite", not np.isfinite(row.surprise_last)),
             (f"it is not of the view's bundle {self._bundle_id}", row.bundle_id != self._bundle_id),
             ("it has no entity id", not row.entity_id),
-            ("its times have no zone, or lie before 1970", not zoned or row.as_of < _EPOCH),
+            ("its times have no zone, or lie before 1970", not zoned or row.as_of < EPOCH),
         )
         return next((problem for problem, found in broken if found), None)
 
@@ -187,148 +152,24 @@ def open_sink(
     Raises ConfigError (no repository, no such view, a setting that breaks serving),
     BundleMismatch (the view is another bundle's), SinkUnavailable.
     """
-    spec = bundle if isinstance(bundle, ViewSpec) else view_spec(bundle)
-    store = _open_store(repo_path, config_file)
-    apply = f"feast -c {repo_path} -f {repo_path / config_file} apply"
-    view = _find_view(store, spec, apply)
-    _refuse_other_view(view, spec, apply)
-    _look_at_settings(store, view)
-    folder = log_folder(store.config, view.batch_source)
+    target, spec = open_target(repo_path, bundle, config_file)
+    folder = log_folder(target.store.config, target.view.batch_source)
     if folder is None:
         raise ConfigError(
             "offline_path",
-            f"view {view.name} has no folder on this machine as its batch source",
-            f"define it with a folder, then run: {apply}",
+            f"view {target.view.name} has no folder on this machine as its batch source",
+            f"define it with a folder, then run: {apply_command(repo_path, config_file)}",
         )
-    join_key = join_key_of(spec.manifest.entity)
-    target = ViewTarget(store, view, join_key)
-    online = _open_rows(target)
+    online = open_rows(target)
     try:
         journal = OfflineJournal(
-            folder, join_key=join_key, writer_id=writer_id, roll_rows=roll_rows, roll_s=roll_s
+            folder,
+            join_key=target.join_key,
+            writer_id=writer_id,
+            roll_rows=roll_rows,
+            roll_s=roll_s,
         )
     except SinkUnavailable:
         online.close()
         raise
     return FeastSink(target, spec, journal, online)
-
-
-def _open_store(repo_path: Path, config_file: str) -> FeatureStore:
-    path = repo_path.absolute() / config_file
-    try:
-        return FeatureStore(repo_path=str(repo_path.absolute()), fs_yaml_file=path)
-    except OSError as error:
-        raise ConfigError(
-            "feature_repo", f"{path} cannot be read ({error.strerror})", "name a Feast repository"
-        ) from error
-    except (
-        FeastConfigError,
-        FeastError,
-        ValidationError,
-        YAMLError,
-        ValueError,
-        TypeError,
-    ) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(str(path), problem, "mend the file") from error
-
-
-def _find_view(store: FeatureStore, spec: ViewSpec, apply: str) -> FeatureView:
-    name = view_name(spec.manifest.entity, spec.manifest.id)
-    try:
-        with warnings.catch_warnings():  # see definitions.define
-            warnings.simplefilter("ignore", RuntimeWarning)
-            view = store.registry.get_any_feature_view(name, store.project, allow_cache=False)
-    except (FeatureViewNotFoundException, FeastObjectNotFoundException, FileNotFoundError) as error:
-        raise ConfigError(
-            "feature_repo",
-            f"the registry has no feature view {name}",
-            f"set LLM4ES_BUNDLE to this bundle's folder and run: {apply}",
-        ) from error
-    except Exception as error:
-        # A registry may be a file, a database or a bucket.
-        raise SinkUnavailable(f"Feast registry: {error!r}") from error
-    if not isinstance(view, FeatureView):
-        raise BundleMismatch(f"feature view {name}", f"is a {type(view).__name__}", f"run: {apply}")
-    return view
-
-
-def _refuse_other_view(view: FeatureView, spec: ViewSpec, apply: str) -> None:
-    remedy = f"give the worker the bundle the view was made for, or run: {apply}"
-    expected = view_tags(spec)
-    for tag in _CHECKED_TAGS:
-        if view.tags.get(tag) != expected[tag]:
-            raise BundleMismatch(
-                f"feature view {view.name}",
-                f"has {tag} {view.tags.get(tag)!r}, the bundle {expected[tag]!r}",
-                remedy,
-            )
-    if view.join_keys != [join_key_of(spec.manifest.entity)]:
-        raise BundleMismatch(f"feature view {view.name}", f"is joined by {view.join_keys}", remedy)
-    fields = {feature.name: feature.dtype for feature in view.features}
-    for name, dtype in FIELDS.items():
-        if fields.get(name) != dtype:
-            raise BundleMismatch(
-                f"feature view {view.name}",
-                f"has {name} as {fields.get(name)}, not {dtype}",
-                remedy,
-            )
-    if view.batch_source is None or view.batch_source.timestamp_field != TIMESTAMP_FIELD:
-        raise BundleMismatch(
-            f"feature view {view.name}", f"has no batch source timed by {TIMESTAMP_FIELD}", remedy
-        )
-
-
-def _look_at_settings(store: FeatureStore, view: FeatureView) -> None:
-    for service in store.list_feature_services():
-        names = {projection.name for projection in service.feature_view_projections}
-        if getattr(service, "precompute_online", False) and view.name in names:
-            raise ConfigError(
-                f"feature service {service.name}",
-                "precompute_online reads every entity on every write, and would serve stale rows",
-                "take it off and run: feast apply",
-            )
-    kind = store.config.offline_store.type
-    if kind in {"dask", "file"}:
-        log.warning(
-            "offline_store %s drops entity rows without a match, collapses duplicates, and a push "
-            "can destroy the log: use type: llm4es.feast.offline_log.LogOfflineStore",
-            kind,
-        )
-    if getattr(store.config.online_store, "skip_dedup", False):
-        log.warning(
-            "online_store has skip_dedup: our rows stay guarded, but a push or materialize of "
-            "Feast's may replace newer ones by older"
-        )
-
-
-def _open_rows(target: ViewTarget) -> OnlineRows:
-    """Choose the writer by the kind of store; each imports its vendor only when it is meant."""
-    config = target.store.config.online_store
-    kind = getattr(config, "type", None)
-    if kind == "redis":
-        from llm4es.feast.redis_rows import RedisRows  # noqa: PLC0415
-
-        return RedisRows(target)
-    plain = not config.vector_enabled and not config.enable_openai_compatible_store
-    if kind is not None and kind.rpartition(".")[2] in {"sqlite", "SqliteOnlineStore"} and plain:
-        from llm4es.feast.sqlite_rows import SqliteRows  # noqa: PLC0415
-
-        return SqliteRows(target)
-    if kind is None:
-        raise ConfigError("online_store", "the repository has none", "configure one")
-    return PortableRows(target)
-
-
-def _row(entity_id: str, as_of: datetime, found: dict[str, list[Any]], index: int) -> FeatureRow:
-    return FeatureRow(
-        entity_id=entity_id,
-        as_of=as_of,
-        embedding=np.array(found["embedding"][index], np.float32),
-        surprise=np.array(found["surprise"][index], np.float32),
-        surprise_last=found["surprise_last"][index],
-        event_count=found["event_count"][index],
-        last_event_id=found["last_event_id"][index],
-        last_event_time=found["last_event_time"][index].astimezone(UTC),
-        bundle_id=found["bundle_id"][index],
-    )

@@ -40,9 +40,12 @@ _PASSING = {
 
 
 class SqliteRows:
-    """Compare-and-set into the table of Feast's SQLite store, one transaction per batch."""
+    """Compare-and-set into the table of Feast's SQLite store, one transaction per batch.
 
-    def __init__(self, target: ViewTarget) -> None:
+    `read_only` opens what is there as it is.
+    """
+
+    def __init__(self, target: ViewTarget, *, read_only: bool = False) -> None:
         config = target.store.config
         self._target = target
         self._key_version = config.entity_key_serialization_version
@@ -51,13 +54,16 @@ class SqliteRows:
         )
         self._table = _quote_id(name)
         path = Path(SqliteOnlineStore._get_db_path(config))  # noqa: SLF001 - Feast's own answer
+        if read_only and not path.is_file():
+            raise _no_table(path, target)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
+            if not read_only:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute("PRAGMA synchronous=NORMAL")
             tables = self._connection.execute(
                 "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,)
             ).fetchall()
@@ -65,11 +71,7 @@ class SqliteRows:
             raise translate_sqlite_error(error) from error
         if not tables:
             self._connection.close()
-            raise ConfigError(
-                "online_store",
-                f"{path} has no table of view {target.view.name}",
-                f"run: feast -c {target.store.repo_path} apply",
-            )
+            raise _no_table(path, target)
         self._upsert = (
             f"INSERT INTO {self._table} "  # noqa: S608 - the name is quoted, values are bound
             "(entity_key, feature_name, value, value_text, event_ts) VALUES (?, ?, ?, ?, ?) "
@@ -157,6 +159,14 @@ class SqliteRows:
             yield key, name, value, texts.get(name), second
         exact = Value(int64_val=_microseconds(row.as_of)).SerializeToString()
         yield key, _EXACT, exact, None, second
+
+
+def _no_table(path: Path, target: ViewTarget) -> ConfigError:
+    return ConfigError(
+        "online_store",
+        f"{path} has no table of view {target.view.name}",
+        f"run: feast -c {target.store.repo_path} apply",
+    )
 
 
 def translate_sqlite_error(error: Exception) -> SinkUnavailable | SinkRejected:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm4es.errors import ConfigError, InvalidEvent, SourceUnavailable
@@ -23,7 +24,7 @@ from stream_worker.ports import (
 __all__ = ["FileLog", "FileRecordSource"]
 
 _PARQUET_ROWS = 4096
-_IDENTITY_BYTES = 4096  # of the file's beginning: appending to a log leaves it the same log
+_IDENTITY_BYTES = 4096  # of a Parquet file's beginning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +62,10 @@ class FileRecordSource:
 
     def describe(self) -> LogDescription:
         """Partitions and ends, as they were when the file was opened."""
-        with self._file.path.open("rb") as file:
-            digest = hashlib.sha256(file.read(_IDENTITY_BYTES)).hexdigest()
         return LogDescription(
             identity=LogIdentity(
                 topic=self._file.path.name,
-                topic_id=digest[:16],
+                topic_id=self._identify(),
                 partitions=self._file.partitions,
             ),
             spans=self._spans,
@@ -85,8 +84,8 @@ class FileRecordSource:
     def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:  # noqa: ARG002
         """Next records in the order of the file."""
         if self._listener is not None:
-            listener, self._listener = self._listener, None
-            self.seek(listener.assigned(self._partitions))
+            self.seek(self._listener.assigned(self._partitions))
+            self._listener = None  # not before: where it raises it is asked again
         records = list(islice(self._records, max_records))
         for record in records:
             self._positions[record.topic_partition] = record.offset + 1
@@ -119,6 +118,17 @@ class FileRecordSource:
         """Let go of the file."""
         self._records = iter(())
 
+    def _identify(self) -> str:
+        """Hash what appending leaves as it is: the first line. Empty where there is none yet."""
+        with self._file.path.open("rb") as file:
+            if self._file.path.suffix == ".jsonl":
+                beginning = file.readline()
+                if not beginning.endswith(b"\n"):
+                    return ""
+            else:
+                beginning = file.read(_IDENTITY_BYTES)
+        return hashlib.sha256(beginning).hexdigest()[:16]
+
     def _scan(self) -> dict[int, PartitionSpan]:
         ends = dict.fromkeys(range(self._file.partitions), 0)
         for record in self._read():
@@ -148,6 +158,11 @@ class FileRecordSource:
             else:
                 for batch in pq.ParquetFile(self._file.path).iter_batches(_PARQUET_ROWS):
                     yield from map(msgspec.json.encode, batch.to_pylist())
+        except pa.ArrowException as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                "events", f"{self._file.path} is no whole Parquet file ({reason})", "write it anew"
+            ) from error
         except OSError as error:
             msg = f"{self._file.path} cannot be read ({error})"
             raise SourceUnavailable(msg) from error
@@ -166,9 +181,9 @@ class FileRecordSource:
 def _moment(text: str) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):  # overflow: in UTC it is before year 1, or after 9999
         return None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def _partition(key: bytes | None, partitions: int) -> int:

@@ -3,11 +3,11 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from llm4es.errors import ConfigError
-from llm4es.events import Record, TopicPartition
+from llm4es.errors import BundleMismatch, ConfigError
+from llm4es.events import EPOCH, Record, TopicPartition
 from stream_worker.ports import (
     AssignmentListener,
     LogDescription,
@@ -31,7 +31,6 @@ __all__ = ["KafkaGroup", "KafkaRecordSource"]
 
 log = logging.getLogger(__name__)
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FETCH_BYTES = 16 << 20  # above the largest record, so that one can always be fetched
 _SAMPLE_TIMEOUT_S = 10.0
 _FOREVER_MS = str(2**63 - 1)  # message.timestamp.after.max.ms where nothing is bounded
@@ -64,11 +63,13 @@ class KafkaRecordSource:
     def __init__(self, settings: KafkaSettings, topic: str, group: KafkaGroup) -> None:
         self._settings = settings
         self._topic = topic
+        self._group = group.name
         self._listener: AssignmentListener | None = None
         self._rebalances = _Rebalances()
         # Assigned, but not yet told where to read from: their records are not to be used.
         self._unplaced: set[TopicPartition] = set()
         self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
+        self._due: dict[TopicPartition, int] = {}  # offsets that are read next
         with mapped():
             self._consumer = KafkaConsumer(**self._consumer_config(), **group.config)
 
@@ -113,12 +114,14 @@ class KafkaRecordSource:
         with mapped():
             found = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         self._place_assigned()
-        return [
-            _record(raw)
-            for tp, batch in found.items()
-            if TopicPartition(*tp) not in self._unplaced_at_poll
-            for raw in batch
-        ]
+        batches = {
+            tp: raws
+            for tp, raws in ((TopicPartition(*name), raws) for name, raws in found.items())
+            if tp not in self._unplaced_at_poll
+        }
+        self._refuse_skipped({tp: raws[0].offset for tp, raws in batches.items()})
+        self._due |= {tp: raws[-1].offset + 1 for tp, raws in batches.items()}
+        return [_record(raw) for raws in batches.values() for raw in raws]
 
     def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Offsets that the group has committed."""
@@ -145,15 +148,20 @@ class KafkaRecordSource:
             if partition in owned:
                 with mapped():
                     self._consumer.seek(partition, offset)
+                self._due[tp] = offset
 
     def remaining(self) -> int | None:
         """Records up to the end of the assigned partitions; asks the brokers."""
         owned = self._consumer.assignment()
-        if not owned or self._unplaced or self._rebalances.pending:
+        if self._unplaced or self._rebalances.pending or not self._rebalances.joined:
             return None
+        if not owned:
+            return 0 if self._group_owns_all() else None
         with mapped():
             ends = self._consumer.end_offsets(list(owned))
-            return sum(max(0, int(end - self._consumer.position(tp))) for tp, end in ends.items())
+            reached = {tp: self._consumer.position(tp) for tp in ends}
+        self._refuse_skipped({TopicPartition(*tp): at for tp, at in reached.items()})
+        return sum(max(0, int(end - reached[tp])) for tp, end in ends.items())
 
     def close(self) -> None:
         """Leave the group."""
@@ -170,10 +178,47 @@ class KafkaRecordSource:
         if self._listener is None:
             return
         if revoked:
+            for tp in revoked:
+                self._due.pop(tp, None)
             self._listener.revoked(sorted(revoked))
         if self._unplaced:
             self.seek(self._listener.assigned(sorted(self._unplaced)))
             self._unplaced = set()
+
+    def _group_owns_all(self) -> bool:
+        """Whether others have what we have not: a leader that knows no partitions gives none."""
+        with admin(self._settings) as client:
+            members = client.describe_groups([self._group])[self._group]["members"]
+            topics = client.describe_topics([self._topic])
+        assignments = [member["member_assignment"] for member in members]
+        owned = sum(
+            len(entry["partitions"])
+            for assignment in assignments
+            if isinstance(assignment, dict)
+            for entry in assignment["assigned_partitions"]
+            if entry["topic"] == self._topic
+        )
+        return owned == sum(len(topic.get("partitions") or ()) for topic in topics) > 0
+
+    def _refuse_skipped(self, reached: Mapping[TopicPartition, int]) -> None:
+        """Refuse records behind a gap that retention has made: the client steps over it silently.
+
+        Gaps are also where transactions end; so the partition's beginning is asked for.
+        """
+        gaps = [kafka_partition(*tp) for tp, at in reached.items() if at > self._due.get(tp, at)]
+        if not gaps:
+            return
+        with mapped():
+            firsts = self._consumer.beginning_offsets(gaps)
+        for partition, first in firsts.items():
+            due = self._due[TopicPartition(*partition)]
+            if first > due:
+                raise BundleMismatch(
+                    f"topic {self._topic}",
+                    f"partition {partition.partition} begins at offset {first}, and {due} was due: "
+                    "retention has overtaken this worker",
+                    "lengthen its retention and start a fresh window store with --unproven-start",
+                )
 
     def _consumer_config(self) -> dict[str, Any]:
         return {
@@ -219,6 +264,7 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-pyt
     def __init__(self) -> None:
         self._revoked: set[TopicPartition] = set()
         self._assigned: set[TopicPartition] = set()
+        self.joined = False  # the group has said what we own, be it nothing
 
     @property
     def pending(self) -> bool:
@@ -228,9 +274,11 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-pyt
         gone = {TopicPartition(*tp) for tp in revoked}
         self._revoked |= gone
         self._assigned -= gone
+        self.joined = False
 
     def on_partitions_assigned(self, assigned: Iterable[tuple[str, int]]) -> None:
         self._assigned |= {TopicPartition(*tp) for tp in assigned}
+        self.joined = True
 
     def take(self) -> tuple[set[TopicPartition], set[TopicPartition]]:
         taken = self._revoked, self._assigned
@@ -243,11 +291,21 @@ def _record(raw: Any) -> Record:  # noqa: ANN401 - kafka-python's ConsumerRecord
         topic=raw.topic,
         partition=raw.partition,
         offset=raw.offset,
-        timestamp=_EPOCH + timedelta(milliseconds=raw.timestamp),
+        timestamp=_moment(raw.timestamp),
         key=raw.key,
         value=raw.value,
         headers=tuple(raw.headers),
     )
+
+
+def _moment(timestamp_ms: int) -> datetime | None:
+    """Read a timestamp; None where there is none (-1), or a producer sent one that is no time."""
+    if timestamp_ms < 0:
+        return None
+    try:
+        return EPOCH + timedelta(milliseconds=timestamp_ms)
+    except OverflowError:
+        return None
 
 
 def _timestamps(configs: Mapping[str, str]) -> Timestamps:

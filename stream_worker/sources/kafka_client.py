@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     from kafka.structs import TopicPartition as kafka_partition  # noqa: N813 - ours has the name
 
 __all__ = [
+    "TOO_LARGE",
     "ConsumerRebalanceListener",
     "KafkaConsumer",
     "KafkaError",
@@ -32,6 +33,8 @@ __all__ = [
     "translate",
 ]
 
+# What a topic, or a producer, says of a single record; a batch of several is split and sent again.
+TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
 _REFUSALS = (
     kafka_errors.AuthorizationError,
     kafka_errors.SaslAuthenticationFailedError,
@@ -51,8 +54,7 @@ _MISCONFIGURED = (
     kafka_errors.InconsistentGroupProtocolError,
     kafka_errors.GroupMaxSizeReachedError,
     kafka_errors.FencedInstanceIdError,
-    kafka_errors.MessageSizeTooLargeError,
-    kafka_errors.RecordListTooLargeError,
+    *TOO_LARGE,
 )
 
 

@@ -83,7 +83,10 @@ def decode_window(entity_id: str, version: int, data: bytes) -> Window:
         msg = f"a stored window cannot be read ({error}); start a fresh window store"
         raise LLM4ESError(msg) from error
     if found.revision != _REVISION:
-        msg = f"a stored window has revision {found.revision}, this code reads {_REVISION}"
+        msg = (
+            f"a stored window has revision {found.revision}, this code reads {_REVISION}; start a "
+            "fresh window store (another --window-store), or run the version that wrote it"
+        )
         raise LLM4ESError(msg)
     sealed = found.sealed
     return Window(

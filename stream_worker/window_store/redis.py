@@ -5,9 +5,12 @@ Cluster keeps a script's keys together. A worker that lost its partition finds a
 than it read, and is refused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import redis
 from redis.exceptions import (
@@ -15,16 +18,19 @@ from redis.exceptions import (
     AuthorizationError,
     NoPermissionError,
     RedisError,
+    ResponseError,
 )
 
-from llm4es.errors import ConfigError, Fenced, SinkUnavailable
+from llm4es.errors import ConfigError, Fenced, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
 from llm4es.windows import Window
-from stream_worker.ports import LogIdentity, WindowTransaction
+from stream_worker.ports import NO_OFFSETS, LogIdentity, WindowTransaction
 from stream_worker.window_store.batch import Batch
 from stream_worker.window_store.codec import decode_window, encode_window
 
 __all__ = ["RedisWindowStore"]
+
+log = logging.getLogger(__name__)
 
 # KEYS[1] window; ARGV[1] version it was read at, ARGV[2] record. 1 where it was written.
 _COMPARE_AND_SET = """
@@ -33,7 +39,24 @@ if (found or '0') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'version', ARGV[1] + 1, 'record', ARGV[2])
 return 1
 """
+# KEYS[1] offsets of a topic; ARGV[1] how many pairs (partition, offset known to be held) come
+# first, then pairs (partition, next offset). 0, and nothing written, where less is held.
+_ADVANCE = """
+local held = 2 * tonumber(ARGV[1])
+for i = 2, held, 2 do
+  local found = redis.call('HGET', KEYS[1], ARGV[i])
+  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then return 0 end
+end
+for i = held + 2, #ARGV, 2 do
+  local found = redis.call('HGET', KEYS[1], ARGV[i])
+  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  end
+end
+return 1
+"""
 _TIMEOUT_S = 5.0
+_REMEDY = "write redis://:PASSWORD@host:port/db, special characters %-encoded"
 
 
 class RedisWindowStore:
@@ -41,25 +64,20 @@ class RedisWindowStore:
 
     def __init__(self, url: str, bundle_id: str) -> None:
         self._prefix = f"llm4es:{bundle_id}"
-        try:
-            self._client = redis.Redis.from_url(
-                url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-            )
-        except ValueError as error:
-            raise ConfigError(
-                "window_store", f"is no Redis URL ({error})", "write redis://host:port/db"
-            ) from error
+        self._client = _client(url)
         self._compare_and_set = self._client.register_script(_COMPARE_AND_SET)
+        self._advance = self._client.register_script(_ADVANCE)
         with _mapped():
             self._client.ping()
+            self._warn_of_eviction()
 
     @contextmanager
-    def begin(self) -> Iterator[WindowTransaction]:
+    def begin(self, held: Mapping[TopicPartition, int] = NO_OFFSETS) -> Iterator[WindowTransaction]:
         """Open a batch; the windows are written when the block ends without an exception."""
-        transaction = Batch(self.load)
+        transaction = Batch(self.load, self.offsets, held)
         yield transaction
         with _mapped():
-            self._write(transaction.pending, transaction.next_offsets)
+            self._write(transaction)
 
     def read(self, entity_id: str) -> Window | None:
         """Read one window outside of any batch."""
@@ -73,7 +91,7 @@ class RedisWindowStore:
             pipeline = self._client.pipeline(transaction=False)
             for entity_id in wanted:
                 pipeline.hmget(self._key(entity_id), ["version", "record"])
-            found = cast("list[tuple[bytes | None, bytes | None]]", pipeline.execute())
+            found = cast("list[tuple[bytes | None, bytes | None]]", _answers(pipeline))
         return {
             entity_id: Window(entity_id=entity_id)
             if version is None or record is None
@@ -83,11 +101,11 @@ class RedisWindowStore:
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
-        with _mapped():
-            found = cast(
-                "dict[bytes, bytes]", self._client.hgetall(f"{self._prefix}:offsets:{topic}")
-            )
-        return {TopicPartition(topic, int(partition)): int(at) for partition, at in found.items()}
+        return self._by_partition("offsets", topic)
+
+    def unproven(self, topic: str) -> dict[TopicPartition, int]:
+        """Partitions whose beginning was gone when folding began, and where it began."""
+        return self._by_partition("unproven", topic)
 
     def identity(self, topic: str) -> LogIdentity | None:
         """Which log the windows were folded from."""
@@ -101,41 +119,109 @@ class RedisWindowStore:
             partitions=int(found[b"partitions"]),
         )
 
-    def remember(self, identity: LogIdentity) -> None:
-        """Record which log the windows are folded from."""
+    def topics(self) -> set[str]:
+        """Topics that windows here were folded from."""
         with _mapped():
-            self._client.hset(
-                f"{self._prefix}:log:{identity.topic}",
+            found = cast("set[bytes]", self._client.smembers(f"{self._prefix}:topics"))
+        return {topic.decode() for topic in found}
+
+    def remember(
+        self, identity: LogIdentity, unproven: Mapping[TopicPartition, int] = NO_OFFSETS
+    ) -> None:
+        """Record which log the windows are folded from, and what of it lacks its beginning."""
+        topic = identity.topic
+        with _mapped():
+            pipeline = self._client.pipeline(transaction=False)
+            pipeline.sadd(f"{self._prefix}:topics", topic)
+            pipeline.hset(
+                f"{self._prefix}:log:{topic}",
                 mapping={"topic_id": identity.topic_id, "partitions": identity.partitions},
             )
+            for tp, at in unproven.items():
+                pipeline.hset(f"{self._prefix}:unproven:{topic}", str(tp.partition), str(at))
+            _answers(pipeline)
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
+    def _warn_of_eviction(self) -> None:
+        try:
+            found = cast("dict[str, Any]", self._client.info("memory"))
+        except (NoPermissionError, ResponseError):
+            return  # some that are managed do not tell
+        policy = found.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            log.warning(
+                "Redis evicts what it has no memory for (%s): a window that is evicted would be "
+                "folded anew without its past; set maxmemory-policy noeviction",
+                policy,
+            )
+
     def _key(self, entity_id: str) -> str:
         return f"{self._prefix}:window:{{{entity_id}}}"
 
-    def _write(
-        self, pending: Mapping[str, Window], next_offsets: Mapping[TopicPartition, int]
-    ) -> None:
-        if pending:
+    def _by_partition(self, what: str, topic: str) -> dict[TopicPartition, int]:
+        with _mapped():
+            found = cast(
+                "dict[bytes, bytes]", self._client.hgetall(f"{self._prefix}:{what}:{topic}")
+            )
+        return {TopicPartition(topic, int(partition)): int(at) for partition, at in found.items()}
+
+    def _write(self, batch: Batch) -> None:
+        if batch.pending:
             # A pipeline of scripts loads them itself where the server forgot them.
             pipeline = self._client.pipeline(transaction=False)
-            for window in pending.values():
+            for window in batch.pending.values():
                 self._compare_and_set(
                     keys=[self._key(window.entity_id)],
                     args=[window.version, encode_window(window)],
                     client=cast("Any", pipeline),
                 )
-            if not all(pipeline.execute()):
+            if not all(_answers(pipeline)):
                 msg = "another worker has written a window of this batch"
                 raise Fenced(msg)
-        by_topic: dict[str, dict[str | bytes, bytes | float | int | str]] = {}
-        for tp, at in next_offsets.items():
-            by_topic.setdefault(tp.topic, {})[str(tp.partition)] = at
-        for topic, offsets in by_topic.items():
-            self._client.hset(f"{self._prefix}:offsets:{topic}", mapping=offsets)
+        for topic in {tp.topic for tp in batch.next_offsets}:
+            held, ahead = (
+                [(tp.partition, at) for tp, at in offsets.items() if tp.topic == topic]
+                for offsets in (batch.held, batch.next_offsets)
+            )
+            written = self._advance(
+                keys=[f"{self._prefix}:offsets:{topic}"],
+                args=[len(held), *(number for pair in (*held, *ahead) for number in pair)],
+            )
+            if not written:
+                msg = f"the window store has lost offsets of {topic} while a batch was under way"
+                raise StoreLost(msg)
+
+
+def _client(url: str) -> "redis.Redis":
+    """Make a client. What is wrong with a URL is not told: it may be a piece of the password."""
+    try:
+        parts = urlsplit(url)
+        misplaced = "@" in parts.path or "@" in parts.query or parts.fragment
+        if misplaced or (parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path)):
+            raise _malformed()
+        client = redis.Redis.from_url(
+            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+        )
+        client.connection_pool.make_connection()  # refuses options that it does not know
+    except (ValueError, TypeError, AttributeError):
+        raise _malformed() from None
+    return client
+
+
+def _malformed() -> ConfigError:
+    return ConfigError("window_store", "is no Redis URL", _REMEDY)
+
+
+def _answers(pipeline: Any) -> Sequence[Any]:  # noqa: ANN401 - redis-py's pipelines are loosely typed
+    """Execute. redis-py's own `raise_on_error` would put the key, and so an entity's id, in."""
+    answers: list[Any] = pipeline.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm4es.errors import Fenced, SinkUnavailable
+from llm4es.errors import ConfigError, Fenced, SinkUnavailable
 from llm4es.events import TopicPartition
 from llm4es.windows import Window
-from stream_worker.ports import LogIdentity, WindowTransaction
-from stream_worker.window_store.batch import Batch
+from stream_worker.ports import NO_OFFSETS, LogIdentity, WindowTransaction
+from stream_worker.window_store.batch import Batch, refuse_lost
 from stream_worker.window_store.codec import decode_window, encode_window
 
 __all__ = ["SqliteWindowStore"]
@@ -24,32 +24,49 @@ CREATE TABLE IF NOT EXISTS offsets (
 CREATE TABLE IF NOT EXISTS logs (
   bundle TEXT, topic TEXT, topic_id TEXT NOT NULL, partitions INTEGER NOT NULL,
   PRIMARY KEY (bundle, topic)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unproven (
+  bundle TEXT, topic TEXT, partition INTEGER, first_offset INTEGER NOT NULL,
+  PRIMARY KEY (bundle, topic, partition)) WITHOUT ROWID;
+"""
+_ADVANCE = """
+INSERT INTO offsets VALUES (?, ?, ?, ?) ON CONFLICT (bundle, topic, partition)
+DO UPDATE SET next_offset = MAX(next_offset, excluded.next_offset)
 """
 _BUSY_TIMEOUT_S = 10.0
 _CHUNK = 500  # SQLite's limit on parameters of one statement is 999 in old builds
+_PRIMARY_CODE = 0xFF
+_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
+_UNUSABLE_PATH = {
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH,
+}  # fmt: skip
 
 
 class SqliteWindowStore:
-    """See `ports.WindowStore`. A batch's windows and offsets are one SQLite transaction."""
+    """See `ports.WindowStore`. A batch's windows and offsets are one SQLite transaction.
 
-    def __init__(self, path: Path, bundle_id: str) -> None:
+    `read_only` opens what is there, and leaves no trace. Raises ConfigError for a path that
+    cannot be used, or holds something else.
+    """
+
+    def __init__(self, path: Path, bundle_id: str, *, read_only: bool = False) -> None:
         self._bundle = bundle_id
-        with _mapped():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(
-                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.executescript(_TABLES)
+        try:
+            with _mapped():
+                self._connection = _open_to_read(path) if read_only else _open(path)
+        except OSError as error:
+            raise _unusable(path, error) from error
+        except SinkUnavailable as error:
+            if _primary_code(error.__cause__) in _UNUSABLE_PATH:
+                raise _unusable(path, error.__cause__) from error
+            raise
 
     @contextmanager
-    def begin(self) -> Iterator[WindowTransaction]:
+    def begin(self, held: Mapping[TopicPartition, int] = NO_OFFSETS) -> Iterator[WindowTransaction]:
         """Open a batch; the windows are written when the block ends without an exception."""
-        transaction = Batch(self.load)
+        transaction = Batch(self.load, self.offsets, held)
         yield transaction
         with _mapped():
-            self._write(transaction.pending, transaction.next_offsets)
+            self._write(transaction)
 
     def read(self, entity_id: str) -> Window | None:
         """Read one window outside of any batch."""
@@ -76,12 +93,11 @@ class SqliteWindowStore:
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
-        with _mapped():
-            rows = self._connection.execute(
-                "SELECT partition, next_offset FROM offsets WHERE bundle = ? AND topic = ?",
-                (self._bundle, topic),
-            ).fetchall()
-        return {TopicPartition(topic, partition): at for partition, at in rows}
+        return self._by_partition("SELECT partition, next_offset FROM offsets", topic)
+
+    def unproven(self, topic: str) -> dict[TopicPartition, int]:
+        """Partitions whose beginning was gone when folding began, and where it began."""
+        return self._by_partition("SELECT partition, first_offset FROM unproven", topic)
 
     def identity(self, topic: str) -> LogIdentity | None:
         """Which log the windows were folded from."""
@@ -92,12 +108,26 @@ class SqliteWindowStore:
             ).fetchone()
         return None if row is None else LogIdentity(topic=topic, topic_id=row[0], partitions=row[1])
 
-    def remember(self, identity: LogIdentity) -> None:
-        """Record which log the windows are folded from."""
+    def topics(self) -> set[str]:
+        """Topics that windows here were folded from."""
         with _mapped():
+            rows = self._connection.execute(
+                "SELECT topic FROM logs WHERE bundle = ?", (self._bundle,)
+            ).fetchall()
+        return {topic for (topic,) in rows}
+
+    def remember(
+        self, identity: LogIdentity, unproven: Mapping[TopicPartition, int] = NO_OFFSETS
+    ) -> None:
+        """Record which log the windows are folded from, and what of it lacks its beginning."""
+        with _mapped(), self._transaction():
             self._connection.execute(
                 "INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?)",
                 (self._bundle, identity.topic, identity.topic_id, identity.partitions),
+            )
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO unproven VALUES (?, ?, ?, ?)",
+                [(self._bundle, tp.topic, tp.partition, at) for tp, at in unproven.items()],
             )
 
     def close(self) -> None:
@@ -105,17 +135,32 @@ class SqliteWindowStore:
         with _mapped():
             self._connection.close()
 
-    def _write(
-        self, pending: Mapping[str, Window], next_offsets: Mapping[TopicPartition, int]
-    ) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            for window in pending.values():
+    def _by_partition(self, select: str, topic: str) -> dict[TopicPartition, int]:
+        with _mapped():
+            rows = self._connection.execute(
+                f"{select} WHERE bundle = ? AND topic = ?", (self._bundle, topic)
+            ).fetchall()
+        return {TopicPartition(topic, partition): at for partition, at in rows}
+
+    def _write(self, batch: Batch) -> None:
+        with self._transaction():
+            for topic in {tp.topic for tp in batch.held}:
+                refuse_lost(topic, batch.held, self.offsets(topic))
+            for window in batch.pending.values():
                 self._compare_and_set(window)
             self._connection.executemany(
-                "INSERT OR REPLACE INTO offsets VALUES (?, ?, ?, ?)",
-                [(self._bundle, tp.topic, tp.partition, at) for tp, at in next_offsets.items()],
+                _ADVANCE,
+                [
+                    (self._bundle, tp.topic, tp.partition, at)
+                    for tp, at in batch.next_offsets.items()
+                ],
             )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
         except BaseException:
             self._connection.execute("ROLLBACK")
             raise
@@ -139,10 +184,69 @@ class SqliteWindowStore:
             raise Fenced(msg)
 
 
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(_TABLES)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """Open without writing: beside a worker through its write-ahead log, else the file alone."""
+    if not path.is_file():
+        raise ConfigError(
+            "window_store", f"there is no file {path}", "name the store that the worker writes"
+        )
+    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=_BUSY_TIMEOUT_S,
+        isolation_level=None, check_same_thread=False,
+    )  # fmt: skip
+    try:
+        known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'windows'").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
+    if known is None:
+        connection.close()
+        raise ConfigError(
+            "window_store", f"{path} holds no windows", "name the store that the worker writes"
+        )
+    return connection
+
+
+def _unusable(path: Path, error: BaseException | None) -> ConfigError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return ConfigError(
+        "window_store",
+        f"{path} cannot be opened ({reason})",
+        "name a file in a folder that this user may write: sqlite:PATH",
+    )
+
+
+def _primary_code(error: BaseException | None) -> int | None:
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & _PRIMARY_CODE
+
+
 @contextmanager
 def _mapped() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        if _primary_code(error) in _DAMAGED:
+            raise ConfigError(
+                "window_store",
+                f"the file is damaged, or no SQLite database ({error})",
+                "name another file with --window-store: it is folded anew from the log",
+            ) from error
         msg = f"the SQLite window store cannot be used ({error})"
         raise SinkUnavailable(msg) from error

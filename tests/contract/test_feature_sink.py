@@ -1,5 +1,6 @@
 """One suite over the sink's three ways into an online store, read back as stock clients read."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from feast import FeatureStore
 from redis import Redis
 
 from dev.servers import RedisServer
-from llm4es.errors import SinkRejected, SinkUnavailable
-from llm4es.feast import FeastSink, ViewSpec, open_sink
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
+from llm4es.events import entity_hash
+from llm4es.feast import FeastSink, ViewSpec, open_reader, open_sink
 from llm4es.feast.online import PortableRows
 from llm4es.feast.redis_rows import RedisRows
 from llm4es.feast.sqlite_rows import SqliteRows
@@ -213,8 +215,10 @@ def test_the_same_row_again_changes_nothing(
 def test_two_rows_of_an_entity_in_one_call_are_rejected_and_neither_is_written(
     world: World, sink: FeastSink, unique: str
 ) -> None:
-    with pytest.raises(SinkRejected, match="2 rows in one call"):
+    with pytest.raises(SinkRejected, match="2 rows in one call") as refused:
         sink.publish([row(world.spec, unique), row(world.spec, unique, as_of=NOON + MICROSECOND)])
+    assert unique not in str(refused.value)
+    assert entity_hash(unique) in str(refused.value)
     assert sink.read([unique]) == [None]
 
 
@@ -241,8 +245,9 @@ def test_a_row_that_breaks_the_view_is_rejected_and_nothing_of_its_call_is_writt
 ) -> None:
     sound, broken = row(world.spec, f"{unique}-1"), BROKEN[problem](row(world.spec, unique))
     for write in (sink.publish, sink.journal):
-        with pytest.raises(SinkRejected, match=problem):
+        with pytest.raises(SinkRejected, match=problem) as refused:
             write([sound, broken])
+        assert unique not in str(refused.value)
     sink.roll()
     assert sink.read([sound.entity_id, unique]) == [None, None]
     assert world.as_of([sound.entity_id], NOON)["last_event_id"].isna().all()
@@ -348,6 +353,57 @@ def test_topic_and_brokers_are_the_views_own(sink: FeastSink) -> None:
     sink.sync()
 
 
+def test_what_is_published_to_sqlite_is_in_the_file_itself_without_its_write_ahead_log(
+    tmp_path: Path,
+) -> None:
+    """What the log holds unsynced is what a power cut takes."""
+    world = make_world(tmp_path / "world", "sqlite")
+    sink = world.open()
+    sink.publish([row(world.spec, last_event_id="kept")])
+    after_the_cut = make_world(tmp_path / "other", "sqlite")
+    shutil.copy(world.repo / "data/online.db", after_the_cut.repo / "data/online.db")
+    assert after_the_cut.online(["c1"])["last_event_id"] == ["kept"]
+    sink.close()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_a_reader_gives_what_the_sink_gives_and_leaves_no_trace(world: World, unique: str) -> None:
+    sink = world.open()
+    sink.journal([row(world.spec, unique)])
+    sink.publish([row(world.spec, unique)])
+    (due,) = sink.read([unique])
+    sink._journal._open.path.rename(  # type: ignore[union-attr]  # noqa: SLF001
+        journal := world.repo / "data" / "left-by-a-killed-writer"
+    )
+    sink._journal._open = None  # noqa: SLF001 - as if the writer had been killed
+    sink.close()
+    folder = world.repo / "data" / "offline" / VIEW
+    journal.rename(folder / "_journal" / "left.journal")
+    before = tree(world.repo / "data")
+    reader = open_reader(world.repo, world.spec)
+    (found, nobody) = reader.read([unique, "nobody"])
+    assert found is not None
+    assert due is not None
+    assert nobody is None
+    assert (found.as_of, found.last_event_id) == (due.as_of, due.last_event_id)
+    reader.close()
+    assert tree(world.repo / "data") == before
+
+
+def test_a_reader_makes_no_database_where_there_is_none(tmp_path: Path) -> None:
+    world = make_world(tmp_path, "sqlite")
+    (world.repo / "data/online.db").unlink()
+    with pytest.raises(ConfigError, match="no table"):
+        open_reader(world.repo, world.spec)
+    assert not (world.repo / "data/online.db").exists()
+
+
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """One to be stopped; the session's is others', too."""
@@ -401,10 +457,18 @@ def test_a_redis_that_is_there_and_cannot_write_is_unavailable_too(
         ("CONFIG SET min-replicas-to-write 1", "CONFIG SET min-replicas-to-write 0"),
     ):
         admin.execute_command(*deny.split())
-        with pytest.raises(SinkUnavailable):
+        with pytest.raises(SinkUnavailable) as refused:
             sink.publish([row(world.spec, as_of=NOON + MICROSECOND, last_event_id="b")])
+        assert "c1" not in str(refused.value)
         admin.execute_command(*allow.split())
         assert world.online(["c1"])["last_event_id"] == ["a"]
+    (key,) = admin.keys("*c1*")
+    admin.rename(key, "aside")
+    admin.set(key, "no hash")
+    with pytest.raises(SinkRejected, match=r"WRONGTYPE|wrong kind") as broken:
+        sink.read(["c1"])
+    assert "c1" not in str(broken.value)
+    admin.rename("aside", key)
     admin.execute_command("SCRIPT", "FLUSH")  # a server that was started anew knows no script
     sink.publish([row(world.spec, as_of=NOON + MICROSECOND, last_event_id="b")])
     assert world.online(["c1"])["last_event_id"] == ["b"]

@@ -4,18 +4,21 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dev.servers import KafkaServer, create_topic
-from llm4es.errors import ConfigError, SourceUnavailable
+from llm4es.errors import BundleMismatch, ConfigError, SinkUnavailable, SourceUnavailable
 from llm4es.events import Record, TopicPartition
+from stream_worker.log_checks import refuse_changed_log
 from stream_worker.ports import RecordSource
+from stream_worker.sources import kafka_client
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
-from stream_worker.sources.kafka_client import KafkaSettings
+from stream_worker.sources.kafka_client import KafkaProducer, KafkaSettings, kafka_partition
 from tests.histories import payment, write_jsonl
 from tests.kafka_topics import make_topics, produce
 
@@ -100,6 +103,29 @@ def test_every_record_comes_once_and_each_partitions_in_order(opener: Opener) ->
         assert offsets == list(range(description.spans[tp.partition].end))
     assert source.remaining() == 0
     assert source.poll(16, 0.1) == []
+
+
+def test_a_listener_that_cannot_say_now_where_to_start_is_asked_again(opener: Opener) -> None:
+    class AwayOnce(Starts):
+        asked = 0
+
+        def assigned(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+            self.asked += 1
+            if self.asked == 1:
+                raise SinkUnavailable("the windows are away")
+            return super().assigned(partitions)
+
+    source, listener = opener(), AwayOnce()
+    source.subscribe(listener)
+
+    def poll_until_asked() -> None:
+        deadline = time.monotonic() + 60
+        while not listener.asked and time.monotonic() < deadline:
+            assert source.poll(16, 0.1) == []
+
+    with pytest.raises(SinkUnavailable):
+        poll_until_asked()
+    assert len(drain(source, COUNT)) == COUNT
 
 
 def test_a_poll_gives_no_more_than_it_is_asked_for(opener: Opener) -> None:
@@ -213,6 +239,196 @@ def test_a_topics_configuration_is_told(
     assert (found.compacted, found.timestamps) == (compacted, timestamps)
     assert found.identity.partitions == 2
     assert found.identity.topic_id not in {"", "None"}
+
+
+def shop_source(server: KafkaServer, topic: str) -> KafkaRecordSource:
+    settings = KafkaSettings(bootstrap_servers=server.bootstrap_servers)
+    return KafkaRecordSource(settings, topic, KafkaGroup(topic))
+
+
+def delete_before(server: KafkaServer, topic: str, offset: int) -> None:
+    """What retention does, when it does it."""
+    admin: Any = vars(kafka_client)["KafkaAdminClient"]
+    client = admin(bootstrap_servers=server.bootstrap_servers)
+    client.delete_records({kafka_partition(topic, 0): offset})
+    client.close()
+
+
+def test_records_that_retention_took_before_they_were_read_are_not_stepped_over(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique, partitions=1)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 10)
+    source = shop_source(kafka_server, unique)
+    source.subscribe(Starts())
+    assert len(drain(source, 10)) == 10
+    source.seek({TopicPartition(unique, 0): 3})  # as after a batch that a store made wait
+    delete_before(kafka_server, unique, 3)
+    assert len(drain(source, 7)) == 7  # what is gone was not due
+    source.seek({TopicPartition(unique, 0): 3})
+    delete_before(kafka_server, unique, 6)
+    with pytest.raises(
+        BundleMismatch, match=r"begins at offset 6, and 3 was due.*--unproven-start"
+    ):
+        drain(source, 1)
+    source.close()
+
+
+def test_an_end_that_is_reached_by_stepping_over_lost_records_is_no_end(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique, partitions=1)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 10)
+    source = shop_source(kafka_server, unique)
+    source.subscribe(Starts())
+    assert len(drain(source, 10)) == 10
+    source.seek({TopicPartition(unique, 0): 3})
+    delete_before(kafka_server, unique, 10)
+
+    def reach_the_end() -> None:
+        deadline = time.monotonic() + 60
+        while source.remaining() != 0 and time.monotonic() < deadline:
+            source.poll(16, 0.1)
+
+    with pytest.raises(BundleMismatch, match="begins at offset 10, and 3 was due"):
+        reach_the_end()
+    source.close()
+
+
+def test_the_gaps_that_transactions_leave_are_no_loss(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique, partitions=1)
+    producer = KafkaProducer(
+        bootstrap_servers=kafka_server.bootstrap_servers, transactional_id=unique
+    )
+    producer.init_transactions()
+    for end in ("commit", "abort", "commit"):
+        producer.begin_transaction()
+        producer.send(unique, key=b"c1", value=end.encode())
+        producer.flush()
+        (producer.commit_transaction if end == "commit" else producer.abort_transaction)()
+    producer.close()
+    source = shop_source(kafka_server, unique)
+    source.subscribe(Starts())
+    assert [record.offset for record in drain(source, 2, max_records=1)] == [0, 4]
+    source.close()
+
+
+def test_a_member_of_the_group_that_is_given_nothing_has_nothing_left_to_read(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique, partitions=1)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 3)
+    sources = [shop_source(kafka_server, unique) for _ in range(2)]
+    for source in sources:
+        source.subscribe(Starts())
+        assert source.remaining() is None
+    read = 0
+    left: list[int | None] = [None, None]
+    deadline = time.monotonic() + 60
+    while left != [0, 0] and time.monotonic() < deadline:
+        read += sum(len(source.poll(16, 0.05)) for source in sources)
+        left = [source.remaining() for source in sources]
+    assert left == [0, 0]
+    assert read >= 3
+    assert sorted(len(source._consumer.assignment()) for source in sources) == [0, 1]  # noqa: SLF001
+    for source in sources:
+        source.close()
+
+
+def test_a_lone_member_is_not_at_the_end_before_it_was_given_its_partitions(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique, partitions=1)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 3)
+    source = shop_source(kafka_server, unique)  # it knows no partition: it gives itself none
+    source.subscribe(Starts())
+    read, left = 0, None
+    deadline = time.monotonic() + 60
+    while left is None and time.monotonic() < deadline:
+        read += len(source.poll(1, 0.05))
+        left = source.remaining()
+    assert (left, read) in {(3, 0), (2, 1)}
+    source.close()
+
+
+def test_a_member_of_a_group_whose_leader_knows_no_partitions_is_not_at_the_end(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    source = shop_source(kafka_server, unique)  # of a topic that is not there yet
+    source.subscribe(Starts())
+    deadline = time.monotonic() + 60
+    while not source._rebalances.joined and time.monotonic() < deadline:  # noqa: SLF001
+        assert source.poll(16, 0.05) == []
+    assert source._rebalances.joined  # noqa: SLF001
+    source.poll(16, 0.05)
+    assert source.remaining() is None
+    source.close()
+
+
+@pytest.mark.parametrize("timestamp_ms", [2**62, 253402300800000, 253402300799999])
+def test_a_producers_timestamp_that_is_no_time_leaves_the_record_readable(
+    kafka_server: KafkaServer, unique: str, timestamp_ms: int
+) -> None:
+    config = {
+        "message.timestamp.type": "CreateTime",
+        "message.timestamp.after.max.ms": str(2**63 - 1),
+    }
+    create_topic(kafka_server.bootstrap_servers, unique, config=config)
+    producer = KafkaProducer(bootstrap_servers=kafka_server.bootstrap_servers, acks="all")
+    producer.send(unique, key=b"c1", value=b"{}", timestamp_ms=timestamp_ms).get(timeout=30)
+    producer.close()
+    source = shop_source(kafka_server, unique)
+    (record,) = source.sample(1)
+    source.close()
+    assert (record.timestamp is None) == (timestamp_ms > 253402300799999)
+
+
+@pytest.mark.parametrize(
+    ("raw", "known"),
+    [
+        ("2026-03-01T12:00:00+00:00", True),
+        ("2026-03-01T12:00:00", True),
+        ("0001-01-01T00:00:00+14:00", False),
+        ("9999-12-31T23:59:59-14:00", False),
+        ("yesterday", False),
+        (1767225600, False),
+        (None, False),
+    ],
+)
+def test_a_record_says_when_the_file_got_it_or_has_no_time_of_its_own(
+    tmp_path: Path, raw: object, *, known: bool
+) -> None:
+    path = write_jsonl(tmp_path / "events.jsonl", [payment("e1", 0) | {"recorded_at": raw}])
+    log = FileLog(path=path, key_field="customer_id", recorded_at_field="recorded_at")
+    source = FileRecordSource(log)
+    source.subscribe(Starts())
+    (record,) = source.poll(1, 0)
+    assert (record.timestamp is not None) == known
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_a_small_file_that_grows_is_the_same_log(tmp_path: Path, lines: int) -> None:
+    path = write_jsonl(tmp_path / "events.jsonl", DOCUMENTS[:lines])
+    assert path.stat().st_size < 4096
+    log = FileLog(path=path, key_field="customer_id")
+    before = FileRecordSource(log).describe()
+    write_jsonl(path, DOCUMENTS)
+    after = FileRecordSource(log).describe()
+    refuse_changed_log(after, before.identity)
+    assert after.identity.topic_id
+    assert (before.identity == after.identity) == (lines > 0)
+
+
+def test_a_broken_parquet_file_is_a_config_error(tmp_path: Path) -> None:
+    path = tmp_path / "events.parquet"
+    pq.write_table(pa.Table.from_pylist(DOCUMENTS), path)
+    whole = path.read_bytes()
+    for broken in (b"", b"PAR1", whole[: len(whole) // 2], b"not Parquet" * 99):
+        path.write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"events: .* is no whole Parquet file"):
+            FileRecordSource(FileLog(path=path, key_field="customer_id"))
 
 
 def test_a_file_that_grew_is_the_same_log_and_another_file_is_not(tmp_path: Path) -> None:

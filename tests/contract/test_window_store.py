@@ -1,5 +1,6 @@
 """One suite over every window store: what the worker may rely on."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from dev.servers import RedisServer
-from llm4es.errors import Fenced, LLM4ESError, SinkUnavailable
+from llm4es.errors import ConfigError, Fenced, LLM4ESError, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
 from llm4es.windows import Chapter, SealedHistory, Window
 from stream_worker.ports import LogIdentity, WindowStore
+from stream_worker.window_store.codec import decode_window
 from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from tests.histories import START, event
@@ -107,6 +109,34 @@ def test_versions_rise_with_each_write_and_offsets_are_kept_per_partition(
     assert store.offsets("other") == {}
 
 
+def test_offsets_never_move_back(store: WindowStore) -> None:
+    """A worker that lost its partition may write late, with no window that would fence it."""
+    for offsets in ({P0: 9, P1: 10}, {P0: 10, P1: 9}):
+        with store.begin() as txn:
+            txn.advance(offsets)
+    assert store.offsets("shop") == {P0: 10, P1: 10}
+
+
+@pytest.mark.parametrize("held", [{P0: 4}, {P1: 1}, {P0: 3, P1: 1}])
+def test_a_store_that_holds_less_than_it_did_is_lost_as_windows_are_read(
+    store: WindowStore, held: dict[TopicPartition, int]
+) -> None:
+    with store.begin({P0: 0}) as txn:
+        txn.advance({P0: 3})
+    with store.begin({P0: 3, P1: 0}) as txn:
+        assert txn.load(["c1"])
+    with pytest.raises(StoreLost, match="held it up to"), store.begin(held) as txn:
+        txn.load([])
+
+
+def test_a_store_that_holds_less_than_it_did_is_lost_as_offsets_are_written(
+    store: WindowStore,
+) -> None:
+    with pytest.raises(StoreLost), store.begin({P0: 4}) as txn:
+        txn.advance({P0: 5})
+    assert store.offsets("shop") == {}
+
+
 def test_a_batch_that_fails_writes_nothing(store: WindowStore) -> None:
     def fail() -> None:
         with store.begin() as txn:
@@ -146,17 +176,31 @@ def test_a_worker_whose_window_was_written_by_another_is_fenced(
 def test_windows_of_two_bundles_never_meet(opener: Opener) -> None:
     one, two = opener("b1"), opener("b2")
     put(one, window())
-    one.remember(LogIdentity(topic="shop", topic_id="t", partitions=2))
+    one.remember(LogIdentity(topic="shop", topic_id="t", partitions=2), {P1: 5})
     assert two.read("c1") is None
     assert two.identity("shop") is None
+    assert two.topics() == set()
+    assert two.unproven("shop") == {}
 
 
 def test_the_log_is_remembered_across_a_restart(opener: Opener) -> None:
     identity = LogIdentity(topic="shop", topic_id="t-1", partitions=4)
     first = opener("b1")
     assert first.identity("shop") is None
+    assert first.topics() == set()
     first.remember(identity)
     assert opener("b1").identity("shop") == identity
+    first.remember(replace(identity, topic="mall"))
+    assert opener("b1").topics() == {"shop", "mall"}
+
+
+def test_where_a_beginning_was_gone_is_remembered_across_a_restart(opener: Opener) -> None:
+    identity = LogIdentity(topic="shop", topic_id="t-1", partitions=4)
+    first = opener("b1")
+    first.remember(identity, {P1: 5})
+    first.remember(identity)
+    assert opener("b1").unproven("shop") == {P1: 5}
+    assert first.unproven("mall") == {}
 
 
 def test_entity_ids_are_bytes_of_any_kind(store: WindowStore) -> None:
@@ -173,6 +217,120 @@ def test_a_record_of_an_unknown_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LLM4ESError, match="cannot be read"):
         store.read("c1")
     store.close()
+
+
+def test_a_record_of_another_revision_is_refused_with_a_remedy() -> None:
+    newer = bytes([0x97, 99, *[0xC0] * 2, 0, *[0xC0] * 2, 0x90])  # msgpack: [99, nil, nil, 0, ...]
+    with pytest.raises(LLM4ESError, match=r"revision 99.*; start a fresh window store"):
+        decode_window("c1", 1, newer)
+
+
+def test_an_sqlite_path_that_cannot_be_used_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no database " * 100)
+    for path in (
+        tmp_path / "file" / "windows.db",  # a folder that is a file
+        tmp_path,  # a file that is a folder
+        Path("/proc/windows.db"),  # a folder that takes no files
+    ):
+        with pytest.raises(ConfigError, match=r"window_store: .* cannot be opened .*; name a file"):
+            SqliteWindowStore(path, "b1")
+    with pytest.raises(ConfigError, match="no SQLite database"):
+        SqliteWindowStore(tmp_path / "file", "b1")
+
+
+def test_an_sqlite_file_that_is_damaged_under_us_is_no_cause_to_wait(tmp_path: Path) -> None:
+    path = tmp_path / "windows.db"
+    store = SqliteWindowStore(path, "b1")
+    put(store, window())
+    store.close()
+    pages = bytearray(path.read_bytes())
+    pages[4096:] = b"\xff" * (len(pages) - 4096)
+    path.write_bytes(pages)
+    damaged = SqliteWindowStore(path, "b1")
+    with pytest.raises(ConfigError, match="damaged"):
+        damaged.read("c1")
+    damaged.close()
+
+
+def test_a_store_opened_to_read_shows_what_is_there_and_leaves_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "windows.db"
+    with pytest.raises(ConfigError, match="there is no file"):
+        SqliteWindowStore(path, "b1", read_only=True)
+    assert not list(tmp_path.iterdir())
+    worker = SqliteWindowStore(path, "b1")
+    put(worker, window())
+    beside = SqliteWindowStore(path, "b1", read_only=True)
+    assert beside.read("c1") is not None
+    beside.close()
+    put(worker, window("c2"))
+    worker.close()
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    reader = SqliteWindowStore(path, "b1", read_only=True)
+    assert reader.read("c2") is not None
+    reader.close()
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(ConfigError, match="holds no windows"):
+        SqliteWindowStore(tmp_path / "empty.db", "b1", read_only=True)
+
+
+def test_no_entitys_id_is_in_what_a_full_redis_makes_us_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer(tmp_path / "redis", persistence="none") as server:
+        store = RedisWindowStore(server.url, "b1")
+        put(store, window("jane.roe@example.org"))
+        store._client.config_set("maxmemory", "1")  # noqa: SLF001 - as an operator would
+        with (
+            caplog.at_level(logging.DEBUG),
+            pytest.raises(SinkUnavailable, match=r"OOM|memory") as full,
+        ):
+            put(store, window("jane.roe@example.org", version=1), window("john.doe@example.org"))
+        store._client.config_set("maxmemory", "0")  # noqa: SLF001
+        key = store._key("jane.roe@example.org")  # noqa: SLF001
+        store._client.set(key, "no hash")  # noqa: SLF001
+        with pytest.raises(SinkUnavailable, match=r"WRONGTYPE|wrong kind") as wrong:
+            store.read("jane.roe@example.org")
+        store.close()
+    for said in (str(full.value), str(wrong.value), caplog.text):
+        assert "example.org" not in said
+
+
+def test_a_redis_that_would_evict_windows_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer(tmp_path / "redis", persistence="none") as server:
+        store = RedisWindowStore(server.url, "b1")
+        assert not caplog.records
+        store._client.config_set("maxmemory-policy", "allkeys-lru")  # noqa: SLF001
+        store.close()
+        RedisWindowStore(server.url, "b1").close()
+    assert "maxmemory-policy noeviction" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2@host:sixthreeseven9/0",
+        "redis://:hunt/er2@host:6379/0",
+        "redis://:hunt#er2@host:6379/0",
+        "redis://:hunt?er2@host:6379/0",
+        "redis://user:12/34hunter2@127.0.0.1:1/0",
+        "redis://user:12?34hunter2@127.0.0.1:1/0",
+        "redis://user:12#34hunter2@127.0.0.1:1/0",
+        "redis://:hunt[er2@host:6379/0",
+        "redis://:hunter2@host:6379/hunter2",
+        "redis://:hunter2@host:6379/0?db=hunter2",
+        "redis://:hunter2@host:6379/0?hunter2=1",
+        "hunter2@host:6379",
+    ],
+)
+def test_no_piece_of_a_password_is_told_of_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"redis://:PASSWORD@host:port/db, special") as refused:
+        RedisWindowStore(url, "b1")
+    for piece in ("hunt", "er2", "12", "34"):
+        assert piece not in str(refused.value)
+    assert refused.value.__suppress_context__ or refused.value.__context__ is None
 
 
 def test_a_redis_that_is_not_there_is_unavailable() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llm4es.testing import Boundaries, Crash
-from tests.faults.worlds import World, shop_log, told
+from tests.faults.worlds import World, assert_equal_to_clean, shop_log
 
 BOUNDARIES = [
     "after poll",
@@ -25,26 +25,6 @@ BOUNDARIES = [
 def world(folder: Path, seed: int = 3) -> World:
     folder.mkdir()
     return World(folder, shop_log(seed))
-
-
-@pytest.fixture(scope="module")
-def event_by_event(tmp_path_factory: pytest.TempPathFactory) -> World:
-    clean = world(tmp_path_factory.mktemp("clean") / "world")
-    clean.work(batches=iter(lambda: 1, 0), every_event=True)
-    return clean
-
-
-def assert_equal_to_clean(crashed: World, clean: World) -> None:
-    rows = {told(row)[:2]: told(row) for row in clean.sink.offline}
-    assert crashed.windows() == clean.windows()
-    assert crashed.dead() == clean.dead()
-    assert {k: told(row) for k, row in crashed.sink.online.items()} == {
-        k: told(row) for k, row in clean.sink.online.items()
-    }
-    for row in crashed.sink.offline:
-        assert told(row) == rows[told(row)[:2]]
-    newest = {row.entity_id: told(row) for row in sorted(crashed.sink.offline, key=told)}
-    assert newest == {k: told(row) for k, row in crashed.sink.online.items()}
 
 
 @pytest.mark.parametrize("every_event", [False, True])

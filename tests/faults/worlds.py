@@ -1,7 +1,7 @@
-"""A worker on a scripted log, a real SQLite window store and a sink in memory."""
+"""A worker on a scripted log, a real window store and a sink in memory."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from llm4es.features import FeatureRow
 from llm4es.testing import (
     Boundaries,
     Crashing,
+    Interrupted,
     LengthEmbedder,
     MemorySink,
     ScriptedLog,
@@ -25,6 +26,7 @@ from stream_worker.ports import (
     LogDescription,
     LogIdentity,
     PartitionSpan,
+    WindowStore,
 )
 from stream_worker.window_store.codec import encode_window
 from stream_worker.window_store.sqlite import SqliteWindowStore
@@ -69,16 +71,26 @@ def shop_log(seed: int, events: int = 160) -> list[Record]:
 
 @dataclass
 class World:
-    """All that outlives a worker's death."""
+    """All that outlives a worker's death.
+
+    The window store is an SQLite file in the folder, or what `store_of` opens for a bundle's id.
+    """
 
     folder: Path
     log: list[Record]
+    store_of: Callable[[str], WindowStore] | None = None
     bundle: Bundle = field(
         default_factory=lambda: modelless_bundle(schema(), entity="customer", window=POLICY)
     )
     sink: MemorySink = field(default_factory=MemorySink)
     letters: ParkedLetters = field(default_factory=ParkedLetters)
     group: dict[Any, int] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def open_store(self) -> WindowStore:
+        if self.store_of is not None:
+            return self.store_of(self.bundle.id)
+        return SqliteWindowStore(self.folder / "windows.db", self.bundle.id)
 
     def describe(self) -> LogDescription:
         return LogDescription(
@@ -94,20 +106,30 @@ class World:
         batches: Iterable[int] = (),
         boundaries: Boundaries | None = None,
         every_event: bool = False,
+        before_polls: Iterable[Callable[[], object]] = (),
+        before_journals: Iterable[Callable[[], object]] = (),
     ) -> Boundaries:
-        """Run a fresh worker to the log's end, or to the crash that the boundaries hold."""
+        """Run a fresh worker to the log's end, or to the crash that the boundaries hold.
+
+        The happenings come one by one, each before the next poll or journal.
+        """
         passed = boundaries or Boundaries()
         source = ScriptedLog(self.log, self.describe, batches)
         source.group = self.group
-        store = SqliteWindowStore(self.folder / "windows.db", self.bundle.id)
+        store = self.open_store()
+        self.metrics = Metrics()
+        sink = Interrupted(self.sink, "journal", before_journals)
         parts = Parts(
             bundle=self.bundle,
-            source=cast("Any", Crashing(source, passed, ["poll", "commit"])),
+            source=cast(
+                "Any",
+                Crashing(Interrupted(source, "poll", before_polls), passed, ["poll", "commit"]),
+            ),
             store=cast("Any", Crashing(store, passed, ["begin"])),
             embedder=LengthEmbedder(self.bundle),
-            sink=cast("Any", Crashing(self.sink, passed, ["journal", "publish"])),
+            sink=cast("Any", Crashing(sink, passed, ["journal", "publish"])),
             dead_letters=cast("Any", Crashing(self.letters, passed, ["park"])),
-            metrics=Metrics(),
+            metrics=self.metrics,
         )
         policy = WorkerPolicy(max_records=8, every_event=every_event, until_end=True)
         try:
@@ -117,7 +139,7 @@ class World:
         return passed
 
     def windows(self) -> dict[str, bytes]:
-        store = SqliteWindowStore(self.folder / "windows.db", self.bundle.id)
+        store = self.open_store()
         try:
             found = {f"c{number}": store.read(f"c{number}") for number in range(5)}
         finally:
@@ -127,6 +149,20 @@ class World:
     def dead(self) -> set[tuple[int, int]]:
         """Coordinates of the parked records; a letter may be there twice."""
         return {(letter.record.partition, letter.record.offset) for letter in self.letters.parked}
+
+
+def assert_equal_to_clean(faulted: World, clean: World) -> None:
+    """Compare with one clean, event-by-event run: windows, letters, online and offline rows."""
+    rows = {told(row)[:2]: told(row) for row in clean.sink.offline}
+    assert faulted.windows() == clean.windows()
+    assert faulted.dead() == clean.dead()
+    assert {k: told(row) for k, row in faulted.sink.online.items()} == {
+        k: told(row) for k, row in clean.sink.online.items()
+    }
+    for row in faulted.sink.offline:
+        assert told(row) == rows[told(row)[:2]]
+    newest = {row.entity_id: told(row) for row in sorted(faulted.sink.offline, key=told)}
+    assert newest == {k: told(row) for k, row in faulted.sink.online.items()}
 
 
 def told(row: FeatureRow) -> tuple[object, ...]:

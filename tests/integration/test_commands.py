@@ -26,6 +26,8 @@ def test_inspect_shows_text_surprise_and_the_online_row_of_a_window(
     )  # fmt: skip
     assert served.returncode == 0, served.stderr
     customer = sample.customers()[0]
+    journal = leave_a_journal(repo.folder / "data" / "offline")
+    before = tree(tmp_path)
     told = run(["stream_worker", "inspect", customer, *flags, "--json"])
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
@@ -44,6 +46,30 @@ def test_inspect_shows_text_surprise_and_the_online_row_of_a_window(
     unknown = run(["stream_worker", "inspect", "nobody", *flags])
     assert unknown.returncode == 2
     assert "look at the id" in unknown.stderr
+    absent = ["--window-store", f"sqlite:{tmp_path / 'absent' / 'windows.db'}"]
+    nothing = run(["stream_worker", "inspect", customer, *flags, *absent])
+    assert nothing.returncode == 2
+    assert "there is no file" in nothing.stderr
+    assert journal.exists()
+    assert tree(tmp_path) == before
+
+
+def leave_a_journal(log: Path) -> Path:
+    """What a writer leaves that was killed; who opens the log to write rolls it."""
+    (view,) = (path for path in log.iterdir() if path.is_dir())
+    journal = view / "_journal" / "left-by-a-killed-writer.journal"
+    journal.parent.mkdir(exist_ok=True)
+    journal.write_bytes(b"\x00" * 8)
+    return journal
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file and folder, but what Python compiles."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
+    }
 
 
 def test_an_existing_model_is_trained_further_by_the_same_path(

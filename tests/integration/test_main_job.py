@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from dev.servers import KafkaServer, RedisServer
 from llm4es.bundle import Bundle, load_bundle
 from llm4es.events import parse_event
+from llm4es.feast import open_reader
 from llm4es.features import SumsLayout, view_name
 from llm4es.windows import Outcome, Window, fold
 from stream_worker.ports import WindowStore
@@ -35,6 +36,7 @@ class Served:
     """What a run left behind: online rows by customer, and where its offline rows are."""
 
     online: Rows
+    as_of: Mapping[str, datetime]  # of the online rows, to the microsecond
     offline: Path
     reports: list[dict[str, Any]]
 
@@ -112,7 +114,10 @@ def by_group(
         assert codes == [0, 0], one.err.read_text() + two.err.read_text()
     reports = [json.loads(worker.out.read_text()) for worker in (one, two)]
     offline = repo.folder / "data" / "offline" / view_name("customer", bundle.id)
-    return Served(read_online(repo, sample.customers()), offline, reports)
+    customers = sample.customers()
+    return Served(
+        read_online(repo, customers), read_as_of_online(repo, bundle, customers), offline, reports
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,13 @@ def by_file(bundle: Bundle, sample: Sample, tmp_path_factory: pytest.TempPathFac
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     offline = repo.folder / "data" / "offline" / view_name("customer", bundle.id)
-    return Served(read_online(repo, sample.customers()), offline, [json.loads(done.stdout)])
+    customers = sample.customers()
+    return Served(
+        read_online(repo, customers),
+        read_as_of_online(repo, bundle, customers),
+        offline,
+        [json.loads(done.stdout)],
+    )
 
 
 def wait_until_shared(one: Background, two: Background) -> None:
@@ -174,6 +185,17 @@ def read_online(repo: Repo, customers: list[str]) -> Rows:
         customer: {field: found[field][index] for field in FIELDS}
         for index, customer in enumerate(customers)
     }
+
+
+def read_as_of_online(repo: Repo, bundle: Bundle, customers: list[str]) -> dict[str, datetime]:
+    """What the rows' own timestamps are, which stock Feast tells in whole seconds at best."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in repo.env.items():
+            patch.setenv(name, value)
+        reader = open_reader(repo.folder, bundle, config_file=repo.file)
+        rows = reader.read(customers)
+        reader.close()
+    return {row.entity_id: row.as_of for row in rows if row is not None}
 
 
 def offline_rows(served: Served) -> list[tuple[Any, ...]]:
@@ -225,6 +247,7 @@ def test_as_of_rises_and_the_newest_offline_row_is_the_online_row(
         assert len({row[:2] for row in rows}) == len(rows)
         newest = {row[0]: row for row in rows}
         assert set(newest) == set(served.online)
+        assert {customer: row[1] for customer, row in newest.items()} == served.as_of
         for customer, row in newest.items():
             assert row[2] == served.online[customer]["last_event_id"]
             counts = [r[3] for r in rows if r[0] == customer]

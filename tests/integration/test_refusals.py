@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,13 +151,34 @@ def test_a_log_that_is_another_than_the_windows_know(
 
 
 def test_settings_that_are_wrong(start: Started, tmp_path: Path) -> None:
-    assert_refused(start("--window-store", "mysql://x"), 2, "mysql", "redis://")
+    assert_refused(start("--window-store", "mysql://x"), 2, "window_store", "redis://")
+    assert_refused(start("--availability-delay-ms", str(10**18)), 2, "availability_delay_ms")
     assert_refused(start("--events", str(tmp_path / "absent.jsonl")), 2, "absent.jsonl")
     assert_refused(start("--max-records", "0"), 2, "max_records")
     assert_refused(start("--device", "cuda"), 2, "CUDAExecutionProvider", "device: cpu")
     config = tmp_path / "settings.yaml"
     config.write_text("max_recrods: 5\n")
-    assert_refused(start("--config", str(config)), 2, "max_recrods")
+    assert_refused(start("--config", str(config)), 2, "max_recrods", "take it out of the file")
+    config.write_text("- a list\n")
+    assert_refused(start("--config", str(config)), 2, "no mapping")
+
+
+def test_places_that_cannot_be_used(start: Started, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("neither a folder nor a database " * 40)
+    assert_refused(
+        start("--window-store", f"sqlite:{tmp_path}/file/windows.db"),
+        2,
+        "window_store",
+        "may write",
+    )
+    assert_refused(start("--window-store", f"sqlite:{tmp_path}/file"), 2, "no SQLite database")
+    assert_refused(start("--state-dir", f"{tmp_path}/file"), 2, "--state-dir")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 and no more")
+    assert_refused(start("--events", str(broken)), 2, "broken.parquet", "write it anew")
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - as Prometheus' server does
+        port = str(taken.getsockname()[1])
+        assert_refused(start("--metrics-port", port), 2, "metrics_port", port)
 
 
 def test_a_redis_that_is_not_there(start: Started) -> None:
@@ -167,3 +189,7 @@ def test_a_secret_is_never_printed(start: Started) -> None:
     code, stderr = start("--window-store", "redis://user:hunter2@127.0.0.1:1/0", "--verbose")
     assert code == 4
     assert "hunter2" not in stderr
+    for malformed in ("hunter2@127.0.0.1:1", "redis://u:1/hunter2@127.0.0.1:1/0"):
+        found = start("--window-store", malformed, "--verbose")
+        assert_refused(found, 2, "redis://:PASSWORD@host:port/db")
+        assert "hunter2" not in found[1]

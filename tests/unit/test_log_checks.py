@@ -1,12 +1,18 @@
 """A log that changed under its windows refuses to be read, and says what to do."""
 
+import logging
 from dataclasses import replace
 
 import pytest
 
 from llm4es.errors import BundleMismatch
 from llm4es.events import TopicPartition
-from stream_worker.log_checks import refuse_changed_log, refuse_foreign_keys, start_positions
+from stream_worker.log_checks import (
+    refuse_changed_log,
+    refuse_foreign_keys,
+    refuse_other_topic,
+    start_positions,
+)
 from stream_worker.ports import LogDescription, LogIdentity, PartitionSpan
 from tests.histories import payment, records, schema
 
@@ -29,6 +35,10 @@ def test_the_log_that_the_windows_know_is_accepted() -> None:
     ("found", "remedy"),
     [
         (replace(LOG, compacted=True), "cleanup.policy=delete"),
+        (
+            replace(LOG, timestamps="create"),
+            r"LogAppendTime, or bound it: message\.timestamp\.after",
+        ),
         (replace(LOG, identity=replace(IDENTITY, topic_id="t-2")), "fresh window store"),
         (replace(LOG, identity=replace(IDENTITY, partitions=3)), "fresh window store"),
     ],
@@ -36,6 +46,28 @@ def test_the_log_that_the_windows_know_is_accepted() -> None:
 def test_a_changed_log_is_refused_with_a_remedy(found: LogDescription, remedy: str) -> None:
     with pytest.raises(BundleMismatch, match=remedy):
         refuse_changed_log(found, IDENTITY)
+
+
+def test_producers_timestamps_within_a_bound_are_accepted_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        refuse_changed_log(LOG, IDENTITY)
+    assert not caplog.records
+    refuse_changed_log(replace(LOG, timestamps="create_bounded"), IDENTITY)
+    (warning,) = caplog.records
+    assert "message.timestamp.type=LogAppendTime" in warning.getMessage()
+
+
+def test_a_log_that_had_nothing_to_tell_it_by_is_accepted_once_it_has() -> None:
+    refuse_changed_log(LOG, replace(IDENTITY, topic_id=""))
+
+
+def test_windows_of_another_topic_are_refused() -> None:
+    refuse_other_topic("shop", set())
+    refuse_other_topic("shop", {"shop"})
+    with pytest.raises(BundleMismatch, match=r"from topic old; use another --window-store, or top"):
+        refuse_other_topic("shop", {"old"})
 
 
 def positions(
@@ -75,7 +107,7 @@ def test_offsets_that_the_log_no_longer_or_not_yet_has_are_refused() -> None:
         positions({P1: 11}, {}, unproven=True)
 
 
-def test_a_topic_keyed_by_another_entity_is_refused_but_a_single_wrong_key_is_not() -> None:
+def test_a_topic_where_most_keys_are_anothers_is_refused_but_single_wrong_keys_are_not() -> None:
     good = records([payment(f"e{n}", n) for n in range(3)])
     foreign = [replace(record, key=b"t1") for record in good]
     broken = [replace(record, value=b"{") for record in good]
@@ -84,5 +116,9 @@ def test_a_topic_keyed_by_another_entity_is_refused_but_a_single_wrong_key_is_no
     with pytest.raises(BundleMismatch, match="not keyed"):
         refuse_foreign_keys([replace(good[0], key=None)], schema(), "customer")
     refuse_foreign_keys(foreign, schema(), "terminal")
-    refuse_foreign_keys([*foreign, good[0]], schema(), "customer")
+    # A single coincidence of two entities' ids proves nothing.
+    with pytest.raises(BundleMismatch, match="3 of 4 records"):
+        refuse_foreign_keys([*foreign, good[0]], schema(), "customer")
+    refuse_foreign_keys([foreign[0], *good], schema(), "customer")
+    refuse_foreign_keys([foreign[0], good[0]], schema(), "customer")
     refuse_foreign_keys(broken, schema(), "customer")

@@ -1,11 +1,13 @@
 """What Prometheus scrapes is what the worker counted, and no other worker's."""
 
+import socket
 import subprocess
 import sys
 
+import pytest
 from prometheus_client import generate_latest
 
-from llm4es.errors import InvalidEvent
+from llm4es.errors import ConfigError, InvalidEvent
 from llm4es.events import Record
 from llm4es.windows import Outcome
 from stream_worker.metrics import Metrics
@@ -18,13 +20,14 @@ RECORD = Record(topic="shop", partition=0, offset=0, timestamp=None, key=None, v
 def counted() -> Metrics:
     metrics = Metrics()
     metrics.batch(9, seconds=0.5)
-    metrics.published(6, seconds=0.1)
+    metrics.published(6, seconds=0.1, unproven=4)
     metrics.published(1, seconds=90.0)
     metrics.published(0, seconds=99.0)
     metrics.folded({Outcome.ACCEPTED: 7, Outcome.LATE: 1}, redelivered=2)
     metrics.folded({Outcome.ACCEPTED: 1}, redelivered=0)
     metrics.dead([DeadLetter(RECORD, InvalidEvent("amount", "is missing"))])
     metrics.retried()
+    metrics.store_lost()
     return metrics
 
 
@@ -44,6 +47,8 @@ def test_the_scraped_figures_are_those_of_the_summary() -> None:
     assert found['llm4es_dead_letters_total{field="amount"}'] == 1
     assert summary.dead_letters == {"amount": 1}
     assert found["llm4es_embeddings_total"] == summary.rows == 7
+    assert found["llm4es_unproven_rows_total"] == summary.unproven_rows == 4
+    assert found["llm4es_store_lost_total"] == 1
     assert found["llm4es_redelivered_total"] == 2
     assert found["llm4es_retries_total"] == 1
     assert found["llm4es_fenced_total"] == 0
@@ -61,6 +66,13 @@ def test_freshness_is_counted_by_row_up_to_and_with_each_bound() -> None:
     assert summary.freshness_p50_s == 0.1
     assert 0.1 < summary.freshness_p99_s <= 90
     assert Metrics().summary().freshness_p99_s == 0
+
+
+def test_a_port_that_is_taken_is_a_config_error() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - as Prometheus' server does
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"metrics_port: port {port}.*; name a free one"):
+            Metrics().serve(port)
 
 
 def test_two_workers_do_not_mix_even_where_feast_moved_prometheus_counters_into_files() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llm4es.errors import InvalidEvent
-from llm4es.events import Event, FieldValue
+from llm4es.errors import InvalidEvent, LLM4ESError
+from llm4es.events import Event, FieldValue, entity_hash
 from llm4es.rendering import RenderingSpec
 from llm4es.testing import LengthEmbedder, modelless_bundle
 from llm4es.windows import (
@@ -272,3 +272,66 @@ def test_policies_that_would_silence_an_entity_or_contradict_themselves_are_refu
         WindowPolicy(allowed_lateness=timedelta(seconds=1), max_clock_skew=timedelta(seconds=2))
     with pytest.raises(ValueError, match="exclude each other"):
         WindowPolicy(max_chapters=1, max_age=timedelta(days=1))
+
+
+@pytest.mark.parametrize(
+    ("recorded_at", "occurred_at", "year"),
+    [
+        (datetime.max.replace(tzinfo=UTC), START, 9999),
+        (datetime(2262, 1, 1, tzinfo=UTC), START, 2262),
+        (datetime(1969, 6, 1, tzinfo=UTC), datetime(1969, 6, 1, tzinfo=UTC), 1969),
+        (datetime(1, 1, 1, tzinfo=UTC), datetime(1700, 1, 1, tzinfo=UTC), 1700),
+    ],
+)
+def test_an_event_whose_as_of_no_store_could_keep_is_bad(
+    recorded_at: datetime, occurred_at: datetime, year: int
+) -> None:
+    policy = POLICIES[0].model_copy(update={"max_clock_skew": timedelta(days=999_999)})
+    with pytest.raises(InvalidEvent, match=f"year {year}, not in 1970 to 2261") as caught:
+        fold(
+            Window(entity_id="c1"),
+            replace(event(0), occurred_at=occurred_at),
+            recorded_at=recorded_at,
+            policy=policy,
+            measure=TOKENS.measure,
+        )
+    assert caught.value.field == "timestamp"
+
+
+def test_the_first_and_the_last_moment_of_what_stores_keep_are_accepted() -> None:
+    for moment in (datetime(1970, 1, 1, tzinfo=UTC), datetime(2261, 12, 31, 23, tzinfo=UTC)):
+        folded_in = fold(
+            Window(entity_id="c1"),
+            replace(event(0), occurred_at=moment),
+            recorded_at=moment,
+            policy=POLICIES[0],
+            measure=TOKENS.measure,
+        )
+        assert folded_in.window.as_of == moment + timedelta(microseconds=1)
+
+
+@pytest.mark.parametrize("more", [{}, {"max_chapters": 2}, {"max_age": timedelta.max}])
+def test_durations_of_any_length_overflow_nowhere(more: dict[str, object]) -> None:
+    policy = WindowPolicy.model_validate(
+        {"allowed_lateness": timedelta.max, "max_clock_skew": timedelta.max, **more}
+    )
+    window, _ = folded([event(0), event(1), event(0.5)], policy)
+    settled = settle(window, {}, policy=policy, half_lives=np.array([np.inf]))
+    assert content(settled.chapters) == content(window.chapters)
+    assert list(visible_chapters(window, policy)) == list(range(len(window.chapters)))
+
+
+def test_an_error_about_an_entity_names_its_hash_and_not_its_id() -> None:
+    policy = WindowPolicy(chapter_events=1 << 40)
+    (chapter,) = cut_chapters([event(0), event(2)], policy, TOKENS.measure)
+    broken = Window(entity_id="jane.roe", chapters=(replace(chapter, events=()),))
+    with pytest.raises(LLM4ESError, match=entity_hash("jane.roe")) as caught:
+        fold(
+            broken,
+            event(1, entity_id="jane.roe"),
+            recorded_at=START + timedelta(seconds=1),
+            policy=policy,
+            measure=TOKENS.measure,
+        )
+    assert "jane.roe" not in str(caught.value)
+    assert len(entity_hash("jane.roe")) == 16

@@ -4,7 +4,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ import pytest
 
 from llm4es.bundle import Bundle
 from llm4es.errors import (
+    BundleMismatch,
     LLM4ESError,
     NonFiniteEmbedding,
     SinkRejected,
@@ -62,6 +63,8 @@ class Shop:
     metrics: Metrics = field(default_factory=Metrics)
     poisonous: Callable[[Window], bool] = lambda _: False
     happenings: dict[str, Happenings] = field(default_factory=dict)  # before "part.method"
+    topic: str = "shop"
+    first: int = 0  # offset at which partition 0 begins
 
     def work(
         self,
@@ -104,8 +107,8 @@ class Shop:
 
     def describe(self) -> LogDescription:
         return LogDescription(
-            identity=LogIdentity(topic="shop", topic_id="t", partitions=PARTITIONS),
-            spans={p: PartitionSpan(0, len(self.log)) for p in range(PARTITIONS)},
+            identity=LogIdentity(topic=self.topic, topic_id="t", partitions=PARTITIONS),
+            spans={0: PartitionSpan(self.first, 99), 1: PartitionSpan(0, 99)},
             compacted=False,
             timestamps="log_append",
         )
@@ -184,7 +187,21 @@ BAD: dict[str, tuple[Callable[[Record], Record], str, str]] = {
     "year 1": (lambda r: changed(r, at="0001-01-01T00:00:00"), "at", "year 1 is not in"),
     "another's key": (lambda r: replace(r, key=b"c2"), "key", "is not the entity's id"),
     "no key": (lambda r: replace(r, key=None), "key", "is not the entity's id"),
-    "another partition": (lambda r: replace(r, partition=1), "partition", "stand in partition 0"),
+    "another partition": (
+        lambda r: replace(r, partition=1),
+        "partition",
+        "stand in partition 0 of shop, this one in partition 1 of shop",
+    ),
+    "a record before 1970": (
+        lambda r: changed(
+            replace(r, timestamp=START.replace(year=1969), key=b"c3"),
+            customer_id="c3", at="1969-03-01T12:00:00Z",
+        ),
+        "timestamp", "year 1969",
+    ),
+    "a record near the end of all time": (
+        lambda r: replace(r, timestamp=datetime.max.replace(tzinfo=UTC)), "timestamp", "year 9999",
+    ),
     "next year": (
         lambda r: changed(r, at=(START + timedelta(days=365)).isoformat()),
         "event_time",
@@ -411,6 +428,65 @@ def test_where_the_log_keeps_no_timestamps_the_delay_says_when_an_event_was_know
     shop = Shop(tmp_path, [replace(record, timestamp=None) for record in payments(2)])
     shop.work(availability_delay=timedelta(hours=2))
     assert shop.sink.online["c1"].as_of == START + timedelta(hours=2, seconds=1)
+
+
+def test_a_record_without_a_timestamp_is_bad_where_the_log_keeps_them(tmp_path: Path) -> None:
+    log = payments(3)
+    shop = Shop(tmp_path, [log[0], replace(log[1], timestamp=None), log[2]])
+    summary = shop.work(availability_delay=None)
+    assert summary.accepted == 2
+    (letter,) = shop.dead().values()
+    assert (letter["field"], letter["offset"]) == ("timestamp", 1)
+    assert "no time" in letter["reason"]
+
+
+@pytest.mark.parametrize("place", ["sink.publish", "letters.park", "store.offsets"])
+def test_what_is_done_again_is_counted_once(tmp_path: Path, place: str) -> None:
+    log = payments(7, customers=2)
+    log[3] = replace(log[3], value=b"{")
+    fail: Happenings = [raising(AWAY), raising(AWAY)]
+    shop = Shop(tmp_path, log, happenings={place: fail})
+    summary = shop.work()
+    assert counted(shop, "llm4es_retries_total") == 2
+    assert (summary.rows, summary.accepted, summary.dead_letters) == (2, 6, {"value": 1})
+    assert counted(shop, "llm4es_poll_to_readable_seconds_count") == 2
+
+
+def test_a_batch_that_another_worker_wrote_counts_no_rows(tmp_path: Path) -> None:
+    log = payments(6, customers=2)
+    other = Shop(tmp_path, log)
+    zombie = Shop(tmp_path, log, sink=other.sink, happenings={"sink.journal": [other.work]})
+    assert zombie.work().rows == 0
+
+
+def test_rows_of_windows_that_lack_the_logs_beginning_are_told_at_start_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = payments(8, customers=2)  # of partition 0, of which retention has taken two records
+    elsewhere = [replace(r, partition=1, key=b"c9") for r in payments(1)]
+    others = [changed(record, customer_id="c9") for record in elsewhere]
+    shop = Shop(tmp_path, [*log[2:6], *others], first=2)
+    with pytest.raises(BundleMismatch, match="--unproven-start"):
+        shop.work()
+    summary = shop.work(unproven_start=True)
+    assert (summary.rows, summary.unproven_rows) == (3, 2)
+    assert counted(shop, "llm4es_unproven_rows_total") == 2
+    (warning,) = [each.getMessage() for each in caplog.records if "unproven" in each.getMessage()]
+    assert "partition 0 of shop begin at offset 2" in warning
+    caplog.clear()
+    # What was folded stays unproven, whatever is read behind it.
+    later = Shop(tmp_path, [*log[2:], *others], first=2, sink=shop.sink)
+    assert later.work().unproven_rows == 2
+    assert "partition 0 of shop begin at offset 2" in caplog.text
+
+
+def test_another_topic_on_the_same_windows_is_refused_and_parks_nothing(tmp_path: Path) -> None:
+    log = payments(3)
+    Shop(tmp_path, log).work()
+    renamed = Shop(tmp_path, [replace(record, topic="mall") for record in log], topic="mall")
+    with pytest.raises(BundleMismatch, match="folded from topic shop; use another --window-store"):
+        renamed.work()
+    assert not renamed.dead()
 
 
 def counted(shop: Shop, name: str) -> float | None:

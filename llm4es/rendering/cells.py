@@ -1,0 +1,87 @@
+"""Cells: how one column of an event is written, prepared once per event type."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm4es.events import Event, FieldValue
+from llm4es.rendering.formats import Format
+from llm4es.rendering.words import NOTHING_BEFORE, TimeColumn, number_words, ratio, time_words
+from llm4es.schema import CategoriesField, CategoryField, FieldSpec, FlagField, NumberField
+
+__all__ = ["CACHED_WORDS", "Cell", "Medians", "field_cell", "positive", "ratio_cell", "time_cell"]
+
+CACHED_WORDS = 8192
+
+Medians = Mapping[str, float | None]  # by field: of the chapter's earlier values of the type
+Cell = Callable[[Event, datetime | None, Medians], str]  # (event, previous time, medians)
+
+
+def positive(event: Event, name: str) -> float | None:
+    """A number field's value where it is above 0: what ratios are taken of."""
+    value = event.fields.get(name)
+    return value if isinstance(value, int | float) and value > 0 else None
+
+
+def time_cell(column: TimeColumn, form: Format) -> Cell:
+    """Write an event's time, or how long it came after the one before."""
+    words, word = time_words(column), form.word
+    return lambda event, previous, _medians: word(words(event.occurred_at, previous))
+
+
+def ratio_cell(name: str, form: Format) -> Cell:
+    """Write a number over the median of the chapter's earlier ones of the same type."""
+    nothing = form.word(NOTHING_BEFORE)
+
+    def cell(event: Event, _previous: datetime | None, medians: Medians) -> str:
+        value, usual = positive(event, name), medians[name]
+        return nothing if value is None or usual is None else form.word(ratio(value, usual))
+
+    return cell
+
+
+def field_cell(
+    name: str, field: FieldSpec, edges: NDArray[np.float64] | None, form: Format
+) -> Cell:
+    """Write a field's value; `edges` (n,) are those of its buckets, if it has such."""
+    shown = _value_words(field, edges, form)
+    null = form.null
+
+    def cell(event: Event, _previous: datetime | None, _medians: Medians) -> str:
+        value = event.fields.get(name)
+        return null if value is None else shown(value)
+
+    return cell
+
+
+def _value_words(
+    field: FieldSpec, edges: NDArray[np.float64] | None, form: Format
+) -> Callable[[FieldValue], str]:
+    if isinstance(field, NumberField):
+        number = number_words(field, None if edges is None else edges.tolist())
+        # A bucket's name is a word; everything else that a number is written as is a number.
+        bucket = form.word if edges is not None else str
+        return lambda value: bucket(number(value)) if isinstance(value, int | float) else ""
+    if isinstance(field, FlagField):
+        no, yes = map(form.word, field.words)
+        return lambda value: yes if value else no
+    if isinstance(field, CategoryField):
+        names, word = field.names, form.word
+        return lambda value: word(names.get(str(value), str(value)))
+    if isinstance(field, CategoriesField):
+        return _list_words(field, form)
+    return lambda value: form.word(str(value))
+
+
+def _list_words(field: CategoriesField, form: Format) -> Callable[[FieldValue], str]:
+    names = field.names
+
+    @lru_cache(CACHED_WORDS)
+    def words(value: FieldValue) -> str:
+        codes = value if isinstance(value, tuple) else (str(value),)
+        return form.words([names.get(code, code) for code in codes])
+
+    return words
