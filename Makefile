@@ -4,10 +4,10 @@ PIN := uv pip compile pyproject.toml --universal --python-version 3.11 --generat
 # Where a machine forbids it, every process would compile Feast anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test lint ci stack requirements wheel clean
+.PHONY: help setup setup-bench demo test lint ci stack requirements wheel clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: ## simulated events become fresh embeddings that stock Feast reads (needs Python 3.11)
 	@sh dev/setup.sh train
@@ -30,6 +30,8 @@ stack: setup ## Kafka and Redis on this machine, without Docker, until Ctrl-C
 
 setup: ## the environment for all of this
 	@sh dev/setup.sh dev
+
+setup-bench: setup ## the environment for python -m benchmarks.NAME
 
 requirements: setup ## pin requirements/*.txt anew; UP=--upgrade for newer versions
 	. .venv/bin/activate && $(PIN) $(UP) --extra cpu --extra train --extra dev -o requirements/dev.txt

@@ -1,13 +1,14 @@
 """Building: from a log and a recipe to a sealed bundle, written whole or not at all."""
 
+import hashlib
 import json
 import platform
 import shutil
-import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ from export.corpus import (
 from export.finetune import Trained, mean_nats, train
 from export.graphs import export_graph
 from export.parity import measure_parity, random_chapters, refuse_disparity
+from export.projection import learn_projection
 from export.readers import Reader, open_reader
 from export.recipe import Recipe
 from llm4es.bundle import (
@@ -66,17 +68,13 @@ _VERSIONS = ("torch", "transformers", "optimum", "optimum-onnx", "onnxruntime", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to build a bundle from, and where.
-
-    `model` is a hub id, a folder or a .gguf file; without it a model is trained from scratch.
-    """
+    """What to build a bundle from, and where."""
 
     events: Path
     schema: Path
     entity: str
     out: Path
     recipe: Recipe
-    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +84,7 @@ class Built:
     bundle: Bundle
     log: EventLog
     corpus: Corpus
+    trained: Trained
     parameters: int
     surprise_columns: tuple[str, ...]
     seconds: float
@@ -98,6 +97,7 @@ class _Material:
     schema: EventSchema
     log: EventLog
     held_out: frozenset[str]
+    learnt_from: dict[str, tuple[Event, ...]]
     buckets: dict[str, NDArray[np.float64]]
     renderer: Renderer
 
@@ -115,19 +115,21 @@ def build_bundle(request: Request, console: Console) -> Built:
     torch.set_num_threads(default_threads())
     with console.status(f"reading {request.events.name}"):
         material = _read(request)
-    with _staged(request.out) as folder:
+    workplace = _workplace(request, material)
+    with _staged(workplace / "bundle", request.out) as folder:
         with console.status("training the tokenizer, cutting chapters"):
             reader = open_reader(
-                request.model,
-                recipe,
-                material.renderer,
-                list(_learnt_from(material.log, material.held_out)),
-                folder / TOKENIZER,
+                recipe, material.renderer, list(material.learnt_from.values()), folder / TOKENIZER
             )
             corpus = cut_corpus(material.log, material.held_out, recipe.window, reader.tokens)
         console.print(_told(request, material, corpus))
         trained = train(
-            reader.model, reader.tokens.header_ids, corpus.train, recipe.training, console
+            reader.model,
+            reader.tokens.header_ids,
+            corpus,
+            recipe.training,
+            checkpoints=workplace / "checkpoints",
+            console=console,
         )
         pooling = _pooling(recipe, reader.model)
         with console.status("exporting to ONNX, comparing with transformers"):
@@ -140,13 +142,19 @@ def build_bundle(request: Request, console: Console) -> Built:
             loss = mean_nats(reader.model, reader.tokens.header_ids, corpus.held_out)
             arrays = material.buckets | _calibrated(reader, graph, corpus, request, material)
         manifest = _manifest(request, material, reader, pooling, trained, loss, parity)
-        _write(folder, request, reader, manifest, arrays)
+        manifest = _write(folder, request, reader, manifest, arrays)
+        if recipe.projection is not None:
+            with console.status("learning the projection"):
+                manifest = _project(folder, request, material, manifest, arrays)
+        _describe(folder, request, trained, manifest, reader.tokens.renderer.header)
         load_bundle(folder)  # what is put into place is what a worker accepts
+    shutil.rmtree(workplace)
     bundle = load_bundle(request.out)
     return Built(
         bundle=bundle,
         log=material.log,
         corpus=corpus,
+        trained=trained,
         parameters=sum(each.numel() for each in reader.model.parameters()),
         surprise_columns=SumsLayout(bundle).columns,
         seconds=time.monotonic() - started,
@@ -155,15 +163,46 @@ def build_bundle(request: Request, console: Console) -> Built:
 
 def _read(request: Request) -> _Material:
     schema = load_schema(request.schema)
-    log = read_log(request.events, schema, entity=request.entity)
-    held_out = held_out_entities(log.histories, request.recipe.training.held_out_share)
-    buckets = learn_buckets(schema, _learnt_from(log, held_out))
+    training = request.recipe.training
+    log = _known_before(read_log(request.events, schema, entity=request.entity), training.before)
+    held_out = held_out_entities(log.histories, training.held_out_share)
+    learnt_from = {
+        entity_id: history
+        for entity_id, history in log.histories.items()
+        if entity_id not in held_out
+    }
+    buckets = learn_buckets(schema, learnt_from.values())
     renderer = Renderer(schema, request.recipe.rendering, buckets)
-    return _Material(schema=schema, log=log, held_out=held_out, buckets=buckets, renderer=renderer)
+    return _Material(
+        schema=schema,
+        log=log,
+        held_out=held_out,
+        learnt_from=learnt_from,
+        buckets=buckets,
+        renderer=renderer,
+    )
 
 
-def _learnt_from(log: EventLog, held_out: frozenset[str]) -> Iterator[tuple[Event, ...]]:
-    return (history for entity_id, history in log.histories.items() if entity_id not in held_out)
+def _known_before(log: EventLog, moment: datetime | None) -> EventLog:
+    """Leave out what had not occurred then: a model must not know a later test period."""
+    if moment is None:
+        return log
+    cut = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    known = {
+        entity_id: history[: bisect_left([event.occurred_at for event in history], cut)]
+        for entity_id, history in log.histories.items()
+    }
+    histories = {entity_id: history for entity_id, history in known.items() if history}
+    if not histories:
+        raise ConfigError("training.before", f"no event occurred before {cut}", "name a later time")
+    return replace(log, histories=histories)
+
+
+def _workplace(request: Request, material: _Material) -> Path:
+    """Where this run, and no other, keeps what a kill would cost; gone with its end."""
+    told = request.recipe.model_dump_json() + material.log.sha256 + material.renderer.sha256
+    digest = hashlib.sha256(f"{request.entity}:{told}".encode()).hexdigest()[:12]
+    return request.out.parent / f".{request.out.name}-training-{digest}"
 
 
 def _told(request: Request, material: _Material, corpus: Corpus) -> str:
@@ -179,14 +218,17 @@ def _told(request: Request, material: _Material, corpus: Corpus) -> str:
 def _pooling(recipe: Recipe, model: PreTrainedModel) -> Pooling:
     """Name layers from the front: a manifest means the same whatever the model's depth."""
     states = int(model.config.num_hidden_layers) + 1
-    if any(not -states <= layer < states for layer in recipe.layers):
+    pooled = recipe.pooling
+    layers = tuple(range(states)) if pooled.layers == "all" else pooled.layers
+    if any(not -states <= layer < states for layer in layers):
         raise ConfigError(
-            "layers", f"{recipe.layers} of {states} hidden states", "name states that there are"
+            "pooling.layers", f"{layers} of {states} hidden states", "name states that there are"
         )
     return Pooling(
-        layers=tuple(layer % states for layer in recipe.layers),
-        combine=recipe.combine,
-        scales=recipe.scales,
+        layers=tuple(layer % states for layer in layers),
+        combine=pooled.combine,
+        normalise=pooled.normalise,
+        scales=pooled.scales,
     )
 
 
@@ -272,26 +314,50 @@ def _write(
     reader: Reader,
     manifest: Manifest,
     arrays: dict[str, NDArray[np.float64]],
-) -> None:
+) -> Manifest:
     """Write everything beside graph and tokenizer, and seal it."""
     shutil.copyfile(request.schema, folder / SCHEMA)
     save_file(arrays, folder / ARRAYS)
     reader.model.save_pretrained(folder / MODEL)
     reader.tokenizer.save_pretrained(folder / MODEL)
-    sealed = seal_bundle(folder, manifest)
+    return seal_bundle(folder, manifest)
+
+
+def _project(
+    folder: Path,
+    request: Request,
+    material: _Material,
+    manifest: Manifest,
+    arrays: dict[str, NDArray[np.float64]],
+) -> Manifest:
+    """Learn the projection through the sealed bundle, and seal it anew with it."""
+    spec = request.recipe.projection
+    if spec is None:
+        return manifest
+    found = learn_projection(
+        load_bundle(folder), material.learnt_from, spec, seed=request.recipe.training.seed
+    )
+    save_file(arrays | found, folder / ARRAYS)
+    return seal_bundle(folder, manifest.model_copy(update={"projected": True, "dim": spec.dim}))
+
+
+def _describe(
+    folder: Path, request: Request, trained: Trained, manifest: Manifest, header: str
+) -> None:
+    """Write what the id does not cover: provenance and model card."""
     provenance = {
-        "bundle": sealed.id,
+        "bundle": manifest.id,
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "events": request.events.name,
-        "seed": request.recipe.training.seed,
+        "recipe": request.recipe.model_dump(mode="json"),
+        "curve": [asdict(look) for look in trained.curve],
         "python": platform.python_version(),
         "processor": platform.machine(),
         "threads": default_threads(),
         "versions": {name: metadata.version(name) for name in _VERSIONS},
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    card = model_card(sealed, reader.tokens.renderer.header)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(manifest, header), encoding="utf-8")
     for path in folder.rglob("*"):
         # safetensors and onnx write for their owner alone; a worker runs as somebody else.
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -308,14 +374,13 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out`, and put it in its place when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        staged = Path(scratch) / "bundle"
-        staged.mkdir()
-        yield staged
-        replaced = Path(scratch) / "replaced"
-        if out.exists():
-            out.rename(replaced)
-        staged.rename(out)
+def _staged(folder: Path, out: Path) -> Iterator[Path]:
+    """Give an empty folder, and put it in the place of `out` when the block ends well."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    replaced = folder.with_name("replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        out.rename(replaced)
+    folder.rename(out)

@@ -12,15 +12,14 @@ from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 
-import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from llm4es.errors import ConfigError, InvalidEvent
-from llm4es.events import Event, coordinates_id, decode_object, parse_event
-from llm4es.rendering import bucket_name
+from export.logs import LogCounts, iterate_histories
+from export.records import parts_of
+from llm4es.errors import ConfigError
+from llm4es.events import Event
+from llm4es.rendering import bucket_name, quantile_edges
 from llm4es.schema import EventSchema, NumberField, QuantileBuckets
 from llm4es.tokens import ChapterTokenizer, TokenizedChapter
 from llm4es.windows import WindowPolicy, cut_chapters
@@ -38,7 +37,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_PARQUET_ROWS = 4096
 _BLOCK = 1 << 20
 _HELD_OUT_OF = 1 << 16
 
@@ -52,7 +50,7 @@ class EventLog:
     duplicates: int
     without_entity: int  # records that concern no entity of this kind
     invalid: int
-    sha256: str  # of the file
+    sha256: str  # of its files
 
     @property
     def events(self) -> int:
@@ -85,51 +83,20 @@ class Corpus:
 
 
 def read_log(path: Path, schema: EventSchema, *, entity: str) -> EventLog:
-    """Read a .jsonl or .parquet file through `parse_event`.
+    """Read a log's histories into memory; `export.logs.iterate_histories` has the rules.
 
-    Of two records with one identity the first stands. A record that does not parse is skipped,
-    as the worker skips it, and counted in a warning. Raises ConfigError for a file that cannot
-    be read and for one that holds no event of the entity.
+    Raises ConfigError for a file that cannot be read and for one that holds no event of the
+    entity.
     """
-    key_field = schema.entity(entity).field
-    found: dict[str, dict[tuple[object, ...], Event]] = {}
-    records = duplicates = without_entity = invalid = 0
-    first_problem = ""
-    for offset, value in enumerate(_values(path)):
-        records += 1
-        try:
-            if decode_object(value).get(key_field) is None:
-                without_entity += 1
-                continue
-            coordinates = coordinates_id(path.name, 0, offset)
-            event = parse_event(value, schema, entity=entity, coordinates=coordinates)
-        except InvalidEvent as error:
-            invalid += 1
-            first_problem = first_problem or f"record {offset}: {error}"
-            continue
-        history = found.setdefault(event.entity_id, {})
-        duplicates += event.key in history
-        history.setdefault(event.key, event)
-    if invalid:
-        logger.warning(
-            "%d of %d records are no events and are left out (%s)", invalid, records, first_problem
-        )
-    if not found:
-        raise ConfigError(
-            "events",
-            f"{path} holds no event of entity {entity!r} ({records} records read)",
-            "name a log that fits the schema",
-        )
+    counts = LogCounts()
+    histories = dict(iterate_histories(path, schema, entity=entity, counts=counts))
     return EventLog(
-        histories={
-            entity_id: tuple(sorted(found[entity_id].values(), key=lambda event: event.key))
-            for entity_id in sorted(found)
-        },
-        records=records,
-        duplicates=duplicates,
-        without_entity=without_entity,
-        invalid=invalid,
-        sha256=_hash_file(path),
+        histories=histories,
+        records=counts.records,
+        duplicates=counts.duplicates,
+        without_entity=counts.without_entity,
+        invalid=counts.invalid,
+        sha256=_hash_files(parts_of(path)),
     )
 
 
@@ -150,7 +117,7 @@ def learn_buckets(
     By the name of the bundle's array. A field with no value at all gets one edge, at 0.
     """
     wanted = {
-        (kind, name): field.buckets.quantiles
+        (kind, name): field.buckets
         for kind, spec in schema.types.items()
         for name, field in spec.fields.items()
         if isinstance(field, NumberField) and isinstance(field.buckets, QuantileBuckets)
@@ -161,8 +128,8 @@ def learn_buckets(
             if (event.type, name) in values and isinstance(value, int | float):
                 values[event.type, name].append(float(value))
     return {
-        bucket_name(kind, name): _edges(values[kind, name], count)
-        for (kind, name), count in wanted.items()
+        bucket_name(kind, name): quantile_edges(values[kind, name], buckets)
+        for (kind, name), buckets in wanted.items()
     }
 
 
@@ -210,37 +177,15 @@ def cut_corpus(
     return Corpus(train=tuple(train), held_out=tuple(kept), too_long=too_long)
 
 
-def _values(path: Path) -> Iterator[bytes]:
-    if path.suffix not in {".jsonl", ".parquet"}:
-        raise ConfigError(
-            "events", f"{path} is neither .jsonl nor .parquet", "name a file of these"
-        )
-    try:
-        if path.suffix == ".jsonl":
-            with path.open("rb") as lines:
-                yield from (line.rstrip(b"\r\n") for line in lines)
-        else:
-            for batch in pq.ParquetFile(path).iter_batches(_PARQUET_ROWS):
-                yield from map(msgspec.json.encode, batch.to_pylist())
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ConfigError("events", f"{path} cannot be read ({error})", "name a log") from error
-
-
 def _place(entity_id: str) -> int:
     digest = blake2b(entity_id.encode(), digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "big") % _HELD_OUT_OF
 
 
-def _edges(values: Sequence[float], count: int) -> NDArray[np.float64]:
-    if not values:
-        return np.zeros(1)
-    inner = np.arange(1, count) / count
-    return np.unique(np.quantile(np.array(values), inner))
-
-
-def _hash_file(path: Path) -> str:
+def _hash_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
     return digest.hexdigest()

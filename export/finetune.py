@@ -1,10 +1,10 @@
 """Training: next-token prediction on chapters, by Hugging Face's Trainer."""
 
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from torch.utils.data import Dataset
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -31,79 +32,160 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
-from export.corpus import TrainingChapter
+from export.corpus import Corpus, TrainingChapter
 from export.recipe import Training
 from llm4es.errors import LLM4ESError
 
-__all__ = ["Trained", "mean_nats", "train"]
+__all__ = ["Step", "Trained", "mean_nats", "train", "uses_bf16"]
 
 _IGNORED = -100  # a label that cross entropy leaves out
 _LOG_EVERY = 10
+_NEWEST_LOOKS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A look at training: losses in nats per token of the chapters, the header left out."""
+
+    step: int
+    train_loss: float | None = None  # mean since the look before
+    held_out_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What training did; losses in nats per token of the chapters, the header left out."""
+    """What training did."""
 
     steps: int
     epochs: float
-    train_loss: float
+    train_loss: float  # mean of the newest looks
+    curve: tuple[Step, ...]
 
 
 def train(
     model: PreTrainedModel,
     header: NDArray[np.int64],
-    chapters: Sequence[TrainingChapter],
+    corpus: Corpus,
     recipe: Training,
+    *,
+    checkpoints: Path,
     console: Console,
 ) -> Trained:
-    """Train `model` in place on the header (H,) and each chapter; fp32, seeded.
+    """Train `model` in place on the header (H,) and each chapter; weights stay fp32, seeded.
 
-    Leaves nothing on disk. Raises LLM4ESError where the loss is no longer finite.
+    `checkpoints` is a folder of this run alone: what it holds is gone on with, after a kill.
+    With `patience` the weights of the best held-out loss are kept. Raises LLM4ESError where the
+    loss is no longer finite.
     """
     collate = _Collator(pad_id=_pad_id(model))
-    data = _Chapters(header, chapters)
-    with tempfile.TemporaryDirectory(prefix="llm4es-train-") as scratch, _quietly():
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=recipe.epochs,
-            max_steps=recipe.steps if recipe.steps is not None else -1,
-            per_device_train_batch_size=recipe.batch_chapters,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_ratio=recipe.warmup_share,
-            weight_decay=recipe.weight_decay,
-            adam_beta2=recipe.beta2,
-            max_grad_norm=recipe.max_grad_norm,
-            group_by_length=True,
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=_LOG_EVERY,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        )
+    judged = recipe.patience is not None and bool(corpus.held_out)
+    trained_model = _adapted(model, recipe)
+    with _quietly():
         trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=data,
+            model=trained_model,
+            args=_arguments(recipe, checkpoints, judged=judged),
+            train_dataset=_Chapters(header, corpus.train),
+            eval_dataset=_Chapters(header, corpus.held_out) if judged else None,
             data_collator=collate,
             callbacks=[_Bar(console, collate)],
         )
         trainer.remove_callback(PrinterCallback)  # it talks on stdout, which is for results
-        done = trainer.train()
+        if judged and recipe.patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+        begun = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        if begun is not None:
+            console.print(f"going on from {Path(begun).name}")
+        trainer.train(resume_from_checkpoint=begun)
+    if recipe.lora is not None:
+        trained_model.merge_and_unload()
     model.eval()
-    if not np.isfinite(done.training_loss):
+    curve = tuple(_looks(trainer.state.log_history))
+    losses = [look.train_loss for look in curve if look.train_loss is not None]
+    train_loss = float(np.mean(losses[-_NEWEST_LOOKS:]))
+    if not np.isfinite(train_loss):
         msg = "training diverged (the loss is not finite): lower the learning rate"
         raise LLM4ESError(msg)
     return Trained(
-        steps=done.global_step,
+        steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
-        train_loss=float(done.training_loss),
+        train_loss=train_loss,
+        curve=curve,
     )
+
+
+def _arguments(recipe: Training, checkpoints: Path, *, judged: bool) -> TrainingArguments:
+    gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.steps if recipe.steps is not None else -1,
+        per_device_train_batch_size=recipe.batch_chapters,
+        per_device_eval_batch_size=recipe.batch_chapters,
+        gradient_accumulation_steps=recipe.accumulate,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_ratio=recipe.warmup_share,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=uses_bf16(recipe.precision),
+        use_cpu=not gpu,
+        group_by_length=True,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if judged else "no",
+        eval_steps=recipe.save_steps,
+        load_best_model_at_end=judged,
+        metric_for_best_model="loss",
+        prediction_loss_only=True,
+        report_to="none",
+        logging_first_step=True,
+        logging_steps=_LOG_EVERY,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+
+
+def uses_bf16(precision: str) -> bool:
+    """Say whether matrices are multiplied in bf16: asked for, or "auto" and native here."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()))
+
+
+def _adapted(model: PreTrainedModel, recipe: Training) -> Any:  # noqa: ANN401 - peft's, or it
+    if recipe.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if recipe.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - heavy, and seldom needed
+
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules="all-linear",
+    )
+    return get_peft_model(model, adapter)
+
+
+def _looks(history: Sequence[dict[str, float]]) -> Iterator[Step]:
+    for entry in history:
+        if "loss" in entry:
+            yield Step(step=int(entry["step"]), train_loss=entry["loss"])
+        elif "eval_loss" in entry:
+            yield Step(step=int(entry["step"]), held_out_loss=entry["eval_loss"])
 
 
 def mean_nats(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from export.corpus import rough_chapters
@@ -12,6 +14,7 @@ from export.models import (
     Pretrained,
     load_pretrained,
     new_llama,
+    start_from_counts,
     train_tokenizer,
     wrap_tokenizer,
 )
@@ -39,20 +42,19 @@ class Reader:
 
 
 def open_reader(
-    source: str | None,
     recipe: Recipe,
     renderer: Renderer,
     histories: Sequence[Sequence[Event]],
     tokenizer_file: Path,
 ) -> Reader:
-    """Load the model that `source` names, or make one with a tokenizer trained on `histories`.
+    """Load the recipe's model, or make one with a tokenizer trained on `histories`.
 
     The tokenizer is written to `tokenizer_file` and read back from there, as a bundle's is.
     Raises ConfigError.
     """
-    if source is None:
+    if recipe.model is None:
         return _from_scratch(recipe, renderer, histories, tokenizer_file)
-    return _existing(load_pretrained(source), recipe, renderer, tokenizer_file)
+    return _existing(load_pretrained(recipe.model), recipe, renderer, tokenizer_file)
 
 
 def _existing(
@@ -89,21 +91,38 @@ def _from_scratch(
         for chapter in rough_chapters(history, recipe.window)
         for line in renderer.lines(chapter)
     )
-    made = train_tokenizer(lines, renderer.header, vocabulary=recipe.shape.vocabulary)
+    made = train_tokenizer(
+        lines,
+        renderer.header,
+        separators=renderer.separators,
+        vocabulary=recipe.new_shape.vocabulary,
+    )
     made.save(str(tokenizer_file))
     bos_id = made.token_to_id(BEGIN)
     tokens = ChapterTokenizer(renderer, load_tokenizer(tokenizer_file), bos_id)
     model = new_llama(
-        recipe.shape,
+        recipe.new_shape,
         vocabulary=made.get_vocab_size(),
         positions=len(tokens.header_ids) + recipe.window.max_chapter_tokens,
         bos_id=bos_id,
     )
+    if recipe.start == "svd":
+        start_from_counts(
+            model,
+            [_ids(history, recipe, tokens) for history in histories],
+            seed=recipe.training.seed,
+        )
     return Reader(
         model=model,
         tokenizer=wrap_tokenizer(made),
         tokens=tokens,
-        name=str(recipe.shape),
+        name=str(recipe.new_shape),
         licence=_OWN_LICENCE,
         bos_id=bos_id,
     )
+
+
+def _ids(history: Sequence[Event], recipe: Recipe, tokens: ChapterTokenizer) -> NDArray[np.int64]:
+    """Every token of a history, as it is read."""
+    chapters = rough_chapters(history, recipe.window)
+    return np.concatenate([tokens.tokenize(chapter).ids for chapter in chapters])

@@ -1,0 +1,169 @@
+"""Quality: bundles made from the real data, and what their embeddings are worth on its labels.
+
+    python -m benchmarks.quality [--json] [--only ratings|fraud]
+
+Needs ../shared/data (or --data). Figures are ROC-AUC or average precision, of the better of
+LightGBM and logistic regression by ROC-AUC, on the folds and splits that come with the data: each
+is a share of what is possible, so it stands as it is among the ratios. `gender_zero_shot_auc` is
+the same model before training.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from export.build import Request, build_bundle
+from export.datasets.registry import prepare
+from export.evaluate import Evaluated, evaluate
+from export.evaluate import Request as Question
+from export.labels import LabelColumns
+from export.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = Path(__file__).with_name("recipes")
+REPEATS = 5
+EMBEDDING, SURPRISE, BAG = "embedding", "surprise", "token bag"
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where data comes from, and where bundles go."""
+
+    data: Path
+    out: Path
+
+    def prepared(self, name: str, folder: str) -> Path:
+        """Prepare a data set of the shared folder."""
+        out = self.out / folder
+        prepare(name, self.data / folder, out)
+        return out
+
+    def built(self, name: str, folder: Path, entity: str, recipe: Recipe) -> Path:
+        """Train and export; the bundle's folder."""
+        out = self.out / "bundles" / name
+        request = Request(
+            events=folder / "events.parquet",
+            schema=folder / "schema.yaml",
+            entity=entity,
+            out=out,
+            recipe=recipe,
+        )
+        build_bundle(request, console)
+        return out
+
+
+def main(
+    *,
+    data: Annotated[Path, typer.Option(help="Folder of movielens and fdh")] = ROOT.parent
+    / "shared/data",
+    out: Annotated[Path, typer.Option(help="Folder for bundles")] = ROOT / "build/quality",
+    only: Annotated[str | None, typer.Option(help="ratings or fraud")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """Build, evaluate, and print the figures."""
+    places = Places(data, out)
+    ratios: dict[str, float] = {}
+    if only in {None, "ratings"}:
+        ratios |= ratings(places)
+    if only in {None, "fraud"}:
+        ratios |= fraud(places)
+    if as_json:
+        typer.echo(json.dumps({"ratios": ratios, "machine": machine()}))
+        return
+    table = Table(title="quality")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in ratios.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+def ratings(places: Places) -> dict[str, float]:
+    """MovieLens-100K: gender and age of users."""
+    folder = places.prepared("movielens-100k", "movielens")
+    recipe = load_recipe(str(RECIPES / "ratings.yaml"))
+    bundle = places.built("ratings", folder, "user", recipe)
+    untrained = recipe.changed(steps=1).model_dump()
+    untrained["training"]["learning_rate"] = 1e-12
+    zero = places.built("ratings-untrained", folder, "user", Recipe.model_validate(untrained))
+
+    def asked(of: Path, label: str, repeats: int = 0) -> Evaluated:
+        return evaluate(
+            Question(
+                bundle=of,
+                events=folder / "events.parquet",
+                labels=folder / "labels.parquet",
+                columns=LabelColumns(label=label),
+                kind="user",
+                repeats=repeats,
+                resamples=200,
+            ),
+            console,
+        )
+
+    gender = asked(bundle, "label", REPEATS)
+    best = gender.best(EMBEDDING)
+    return {
+        "gender_auc": best.roc_auc.mean,
+        "gender_auc_repeats": sum(best.repeated) / len(best.repeated),
+        "gender_token_bag_auc": gender.best(BAG).roc_auc.mean,
+        "gender_zero_shot_auc": asked(zero, "label").best(EMBEDDING).roc_auc.mean,
+        "age_auc": asked(bundle, "label_age_ge_30").best(EMBEDDING).roc_auc.mean,
+    }
+
+
+def fraud(places: Places) -> dict[str, float]:
+    """Fraud Detection Handbook: accounts by week, and single transactions, lite rows."""
+    folder = places.prepared("fraud-handbook", "fdh")
+    bundle = places.built("fraud", folder, "customer", load_recipe(str(RECIPES / "fraud.yaml")))
+
+    def asked(labels: Path, *, inclusive: bool) -> Evaluated:
+        return evaluate(
+            Question(
+                bundle=bundle,
+                events=folder / "events.parquet",
+                labels=labels,
+                columns=LabelColumns(only="lite", weight="weight"),
+                kind="point-in-time",
+                inclusive=inclusive,
+                resamples=200,
+            ),
+            console,
+        )
+
+    both = f"{EMBEDDING} + {SURPRISE}"
+    account = asked(folder / "labels_account.parquet", inclusive=False)
+    transactions = folder / "labels_tx.parquet"
+    everything = asked(transactions, inclusive=True).best(both)
+    own_history = asked(_without_scenario_2(transactions), inclusive=True).best(both)
+    return {
+        "fdh_account_auc": account.best(EMBEDDING).roc_auc.mean,
+        "fdh_account_ap": account.best(EMBEDDING).average_precision.mean,
+        "fdh_account_surprise_auc": account.best(SURPRISE).roc_auc.mean,
+        "fdh_account_both_auc": account.best(both).roc_auc.mean,
+        "fdh_account_both_ap": account.best(both).average_precision.mean,
+        "fdh_tx13_ap": own_history.average_precision.mean,
+        "fdh_tx_ap": everything.average_precision.mean,
+    }
+
+
+def _without_scenario_2(labels: Path) -> Path:
+    """Labels whose frauds the customer's own history can tell: compromised terminals left out."""
+    table = pq.read_table(labels)
+    kept = [scenario != 2 for scenario in table["scenario"].to_pylist()]  # noqa: PLR2004
+    path = labels.with_name("labels_tx13.parquet")
+    pq.write_table(table.filter(kept), path)
+    return path
+
+
+if __name__ == "__main__":
+    typer.run(main)
