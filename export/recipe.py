@@ -42,7 +42,7 @@ class Shape(FrozenModel):
     layers: int = Field(ge=1)
     heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=8)
-    vocabulary: int = Field(ge=300)
+    vocabulary: int = Field(ge=257)  # every byte, and the begin
 
     def __str__(self) -> str:
         return f"llama {self.layers}x{self.hidden_size}"
