@@ -29,7 +29,8 @@ __all__ = [
     "term_rows",
 ]
 
-EMBEDDING, AGGREGATES = "embedding", "aggregates"
+EMBEDDING = "embedding"
+AGGREGATES = "aggregates"
 _SURPRISE, _TERMS, _RECENCY = "surprise", "TF-IDF of the text", "recency and frequency"
 _BAG, _COLES = "token bag", "CoLES"
 

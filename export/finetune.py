@@ -98,9 +98,7 @@ def train(
         if begun is not None:
             console.print(f"going on from {Path(begun).name}")
         trainer.train(resume_from_checkpoint=begun)
-    if recipe.lora is not None:
-        trained_model.merge_and_unload()
-    model.eval()
+    _undress(model, trained_model, trainer, recipe)
     curve = tuple(_looks(trainer.state.log_history))
     losses = [look.train_loss for look in curve if look.train_loss is not None]
     train_loss = float(np.mean(losses[-_NEWEST_LOOKS:]))
@@ -178,6 +176,23 @@ def _adapted(model: PreTrainedModel, recipe: Training) -> Any:  # noqa: ANN401 -
         target_modules="all-linear",
     )
     return get_peft_model(model, adapter)
+
+
+def _undress(
+    model: PreTrainedModel,
+    trained_model: Any,  # noqa: ANN401 - peft's, or the model
+    trainer: Trainer,
+    recipe: Training,
+) -> None:
+    """Leave the bare model, in evaluation mode: what training wrapped around it is not exported."""
+    # accelerate leaves its autocast around `forward`.
+    trainer.accelerator.unwrap_model(trained_model, keep_fp32_wrapper=False)
+    if recipe.lora is not None:
+        trained_model.merge_and_unload()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+    model.eval()
 
 
 def _looks(history: Sequence[dict[str, float]]) -> Iterator[Step]:
