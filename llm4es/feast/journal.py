@@ -1,7 +1,7 @@
 """The offline log on disk: a journal that makes rows durable, rolled into Parquet parts.
 
     <log>/part-<stem>.parquet            what readers see; appears by rename, never changes
-    <log>/.part-<stem>.parquet.tmp       a part being written; no reader's glob matches it
+    <log>/.part-<stem>.parquet.*.tmp     a part being written; no reader's glob matches it
     <log>/_journal/<stem>.journal        rows that are durable and not yet in a part (.new: none)
 
 A batch is durable once its frame is in the journal and fsynced. Readers see rolled parts only.
@@ -110,7 +110,8 @@ def ensure_log(folder: Path, schema: pa.Schema) -> None:
 def write_part(folder: Path, stem: str, table: pa.Table) -> Path:
     """Write rows as one part: whole and durable when it appears. The same stem replaces it."""
     part = folder / f"{stem}.parquet"
-    temporary = folder / f".{part.name}.tmp"
+    # Of this writer alone: two that start at once both write the part without rows.
+    temporary = folder / f".{part.name}.{uuid.uuid4().hex[:8]}.tmp"
     names = set(table.schema.names)
     with temporary.open("wb") as file:
         parquet.write_table(

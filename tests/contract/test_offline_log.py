@@ -9,6 +9,7 @@ import sys
 import typing
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -28,7 +29,13 @@ from dev.servers import wait_until
 from llm4es.errors import ConfigError, SinkUnavailable
 from llm4es.feast import FeastSink, ViewSpec, open_sink, read_as_of
 from llm4es.feast.definitions import FIELDS, TIMESTAMP_FIELD
-from llm4es.feast.journal import OfflineJournal, list_parts, log_schema, recover_journals
+from llm4es.feast.journal import (
+    OfflineJournal,
+    ensure_log,
+    list_parts,
+    log_schema,
+    recover_journals,
+)
 from llm4es.feast.offline_log import LogOfflineStore
 from llm4es.features import FeatureRow, view_name
 from tests.feast_parts import (
@@ -509,3 +516,14 @@ def test_as_of_is_exact_where_a_float_would_not_be(
     sink.journal([row(spec, as_of=moment)])
     sink.roll()
     assert list(read_as_of(stock, "customer")["as_of"]) == [moment]
+
+
+def test_writers_that_start_at_once_on_a_new_log_all_start(tmp_path: Path) -> None:
+    schema = log_schema("customer_id")
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        with ThreadPoolExecutor(8) as pool:
+            for made in [pool.submit(ensure_log, folder, schema) for _ in range(8)]:
+                made.result()
+        assert not list(folder.glob(".*.tmp"))
+        assert len(list_parts(folder)) == 1
