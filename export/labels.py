@@ -16,7 +16,16 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from export.embed import AsOf
 from llm4es.errors import ConfigError
 
-__all__ = ["Kind", "LabelColumns", "Splits", "Task", "drawn_splits", "read_task", "shuffle_labels"]
+__all__ = [
+    "Kind",
+    "LabelColumns",
+    "Splits",
+    "Task",
+    "drawn_splits",
+    "read_entity_ids",
+    "read_task",
+    "shuffle_labels",
+]
 
 Kind = Literal["user", "point-in-time"]
 
@@ -135,6 +144,12 @@ def read_task(
                 "labels", f"{splits.name}: a part has one class only", "use fewer folds, more rows"
             )
     return replace(bare, splits=splits)
+
+
+def read_entity_ids(path: Path, columns: LabelColumns, entity_field: str) -> tuple[str, ...]:
+    """Ids (N,) of another entity that each label row concerns. Raises ConfigError."""
+    table = _Table(path, replace(columns, entity=entity_field), entity_field)
+    return tuple(str(value) for value in table.values(entity_field))
 
 
 def drawn_splits(task: Task, *, folds: int, seed: int) -> Splits:

@@ -54,10 +54,11 @@ def modelless_bundle(
     entity: str,
     window: WindowPolicy,
     rendering: RenderingSpec | None = None,
+    arrays: Mapping[str, NDArray[np.float64]] | None = None,
     bundle_id: str = "00000000test",
 ) -> Bundle:
     """Bundle with `byte_tokenizer`, for `LengthEmbedder`: no folder."""
-    renderer = Renderer(schema, rendering or RenderingSpec())
+    renderer = Renderer(schema, rendering or RenderingSpec(), arrays or {})
     pooling = Pooling(layers=(0,), scales=(math.inf, 4.0))
     manifest = Manifest(
         id=bundle_id,
@@ -79,7 +80,7 @@ def modelless_bundle(
         folder=Path(),
         manifest=manifest,
         schema=schema,
-        arrays={},
+        arrays=arrays or {},
         tokens=ChapterTokenizer(renderer, byte_tokenizer(), None),
     )
 
