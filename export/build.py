@@ -54,7 +54,7 @@ from llm4es.engine.embedder import default_threads
 from llm4es.engine.session import FullGraph
 from llm4es.errors import ConfigError
 from llm4es.events import Event
-from llm4es.features import SumsLayout
+from llm4es.features import HEADER_STATES, HEADER_TOKENS, SumsLayout
 from llm4es.rendering import Renderer
 from llm4es.schema import EventSchema, load_schema
 from llm4es.surprise import SurpriseTracks
@@ -141,6 +141,8 @@ def build_bundle(request: Request, console: Console) -> Built:
         with console.status("calibrating surprise on held-out entities"):
             loss = mean_nats(reader.model, reader.tokens.header_ids, corpus.held_out)
             arrays = material.buckets | _calibrated(reader, graph, corpus, request, material)
+            if pooling.pool_header:
+                arrays |= _header_sums(graph, reader.tokens.header_ids)
         manifest = _manifest(request, material, reader, pooling, trained, loss, parity)
         manifest = _write(folder, request, reader, manifest, arrays)
         if recipe.projection is not None:
@@ -229,6 +231,8 @@ def _pooling(recipe: Recipe, model: PreTrainedModel) -> Pooling:
         combine=pooled.combine,
         normalise=pooled.normalise,
         scales=pooled.scales,
+        tokens=pooled.tokens,
+        pool_header=pooled.pool_header,
     )
 
 
@@ -271,6 +275,15 @@ def _calibrated(
 
     tracks = SurpriseTracks(material.schema, material.renderer)
     return calibrate(corpus.held_out or corpus.train, tracks, spec, read_nats)
+
+
+def _header_sums(graph: FullGraph, header: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """What the header's own states add to the plain mean."""
+    pooled, _ = graph.run(header[None], np.ones((1, 1, len(header)), dtype=np.float32))
+    return {
+        HEADER_STATES: pooled[0, 0].astype(np.float64),
+        HEADER_TOKENS: np.array([len(header)], dtype=np.float64),
+    }
 
 
 def _manifest(  # noqa: PLR0917 - each is a part of what a bundle says of itself

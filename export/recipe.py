@@ -93,6 +93,8 @@ class Pooled(FrozenModel):
     layers: tuple[int, ...] | Literal["all"] = (0, -1)
     combine: Literal["average", "side_by_side"] = "side_by_side"
     normalise: Literal["none", "rms"] = "rms"
+    tokens: Literal["all", "ends"] = "all"
+    pool_header: bool = False
 
 
 class Projection(FrozenModel):
