@@ -21,14 +21,12 @@ from rich.table import Table
 from benchmarks.machine import machine
 from export.build import Request, build_bundle
 from export.datasets.registry import prepare
-from export.evaluate import Evaluated, evaluate
+from export.evaluate import Evaluated, View, evaluate
 from export.evaluate import Request as Question
-from export.evaluate import View
 from export.labels import LabelColumns
 from export.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = Path(__file__).with_name("recipes")
 REPEATS = 5
 EMBEDDING, SURPRISE, BAG = "embedding", "surprise", "token bag"
 
@@ -51,7 +49,7 @@ class Places:
     def built(
         self, name: str, folder: Path, entity: str, recipe: Recipe, *, suffix: str = ""
     ) -> Path:
-        """Train and export on the folder's events and schema of that suffix; the bundle's folder."""
+        """Train and export on events and schema of that suffix; the bundle's folder."""
         out = self.out / "bundles" / name
         request = Request(
             events=folder / f"events{suffix}.parquet",
@@ -93,7 +91,7 @@ def main(
 def ratings(places: Places) -> dict[str, float]:
     """MovieLens-100K: gender and age of users."""
     folder = places.prepared("movielens-100k", "movielens")
-    recipe = load_recipe(str(RECIPES / "ratings.yaml"))
+    recipe = load_recipe("movielens")
     bundle = places.built("ratings", folder, "user", recipe)
     untrained = recipe.changed(steps=1).model_dump()
     untrained["training"]["learning_rate"] = 1e-12
@@ -127,12 +125,12 @@ def ratings(places: Places) -> dict[str, float]:
 def fraud(places: Places) -> dict[str, float]:
     """Fraud Detection Handbook: accounts by week, and single transactions, lite rows."""
     folder = places.prepared("fraud-handbook", "fdh")
-    bundle = places.built("fraud", folder, "customer", load_recipe(str(RECIPES / "fraud.yaml")))
+    bundle = places.built("fraud", folder, "customer", load_recipe("handbook"))
     terminals = places.built(
         "terminal",
         folder,
         "terminal",
-        load_recipe(str(RECIPES / "terminal.yaml")),
+        load_recipe("handbook-terminal"),
         suffix="_terminal",
     )
 
