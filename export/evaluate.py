@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,11 +144,11 @@ class Evaluated:
     sizes: Mapping[str, tuple[tuple[int, float], ...]]  # training entities -> ROC-AUC
     seconds: float
 
-    def best(self, features: str) -> Score:
-        """Give the better scorer's result for a choice of features."""
+    def best(self, features: str, *, by: Literal["auc", "ap"] = "auc") -> Score:
+        """Give the better scorer's result for a choice of features, by ROC-AUC or precision."""
         return max(
             (score for score in self.scores if score.features == features),
-            key=lambda score: score.roc_auc.mean,
+            key=lambda score: (score.roc_auc if by == "auc" else score.average_precision).mean,
         )
 
     @property
