@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,9 +212,13 @@ class ScriptedLog:
 
 
 class MemorySink:
-    """Offline rows in a list and online rows in a mapping that never goes back in time."""
+    """Offline rows in a list and online rows in a mapping that never goes back in time.
 
-    def __init__(self) -> None:
+    `noting=False` is a store that cannot note which offsets its rows stand for.
+    """
+
+    def __init__(self, *, noting: bool = True) -> None:
+        self._noting = noting
         self.offline: list[FeatureRow] = []
         self.online: dict[str, FeatureRow] = {}
         self.reached: dict[TopicPartition, int] = {}
@@ -257,6 +261,8 @@ class MemorySink:
 
     def published(self, topic: str) -> Mapping[TopicPartition, int] | None:
         """Offsets that the rows online stand for."""
+        if not self._noting:
+            return None
         return {tp: at for tp, at in self.reached.items() if tp.topic == topic}
 
     def _take(self, rows: Sequence[FeatureRow]) -> None:
@@ -312,10 +318,14 @@ class Boundaries:
         self.reached: Counter[str] = Counter()
 
     def reach(self, name: str) -> None:
-        """Pass the boundary, or raise Crash."""
+        """Pass the boundary, or crash."""
         self.reached[name] += 1
         if name == self._name and self.reached[name] == self._occurrence:
-            raise Crash(name)
+            self.crash(name)
+
+    def crash(self, name: str) -> NoReturn:
+        """Raise Crash; a process of its own may do worse."""
+        raise Crash(name)
 
 
 class Crashing:

@@ -188,6 +188,10 @@ class RedisWindowStore:
         return {TopicPartition(topic, int(partition)): int(at) for partition, at in found.items()}
 
     def _write(self, batch: Batch) -> None:
+        self._write_windows(batch)
+        self._write_offsets(batch)
+
+    def _write_windows(self, batch: Batch) -> None:
         if batch.pending:
             # A pipeline of scripts loads them itself where the server forgot them.
             pipeline = self._client.pipeline(transaction=False)
@@ -204,6 +208,8 @@ class RedisWindowStore:
             if not all(answers):
                 msg = "another worker has written a window of this batch"
                 raise Fenced(msg)
+
+    def _write_offsets(self, batch: Batch) -> None:
         for topic in {tp.topic for tp in batch.next_offsets}:
             held, ahead = (
                 [(tp.partition, at) for tp, at in offsets.items() if tp.topic == topic]
