@@ -7,8 +7,9 @@ than it read, and is refused.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -32,10 +33,11 @@ __all__ = ["RedisWindowStore"]
 
 log = logging.getLogger(__name__)
 
-# KEYS[1] window; ARGV[1] version it was read at, ARGV[2] record. 1 where it was written.
+# KEYS[1] window; ARGV[1] version it was read at, ARGV[2] record. 1 where it was written, 0 where
+# another version stands, -1 where none does and one was read.
 _COMPARE_AND_SET = """
 local found = redis.call('HGET', KEYS[1], 'version')
-if (found or '0') ~= ARGV[1] then return 0 end
+if (found or '0') ~= ARGV[1] then return found and 0 or -1 end
 redis.call('HSET', KEYS[1], 'version', ARGV[1] + 1, 'record', ARGV[2])
 return 1
 """
@@ -55,7 +57,9 @@ for i = held + 2, #ARGV, 2 do
 end
 return 1
 """
+_GONE = -1
 _TIMEOUT_S = 5.0
+_CHUNK = 500  # windows of one round trip of a scan
 _REMEDY = "write redis://:PASSWORD@host:port/db, special characters %-encoded"
 
 
@@ -98,6 +102,21 @@ class RedisWindowStore:
             else decode_window(entity_id, int(version), record)
             for entity_id, (version, record) in zip(wanted, found, strict=True)
         }
+
+    def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
+        """Give every window of these partitions; walks through the keys of the whole server."""
+        prefix = self._key("")[:-1].encode()
+        keys = self._client.scan_iter(match=f"{_literal(self._prefix)}:window:*", count=_CHUNK)
+        while True:
+            with _mapped():
+                found = list(islice(keys, _CHUNK))
+            if not found:
+                return
+            # SCAN may give a key twice.
+            entity_ids = {key[len(prefix) : -1].decode() for key in found}
+            for window in self.load(entity_ids).values():
+                if (window.topic, window.partition) in partitions:
+                    yield window
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
@@ -169,6 +188,10 @@ class RedisWindowStore:
         return {TopicPartition(topic, int(partition)): int(at) for partition, at in found.items()}
 
     def _write(self, batch: Batch) -> None:
+        self._write_windows(batch)
+        self._write_offsets(batch)
+
+    def _write_windows(self, batch: Batch) -> None:
         if batch.pending:
             # A pipeline of scripts loads them itself where the server forgot them.
             pipeline = self._client.pipeline(transaction=False)
@@ -178,9 +201,15 @@ class RedisWindowStore:
                     args=[window.version, encode_window(window)],
                     client=cast("Any", pipeline),
                 )
-            if not all(_answers(pipeline)):
+            answers = _answers(pipeline)
+            if _GONE in answers:
+                msg = "the window store has lost a window that was read from it"
+                raise StoreLost(msg)
+            if not all(answers):
                 msg = "another worker has written a window of this batch"
                 raise Fenced(msg)
+
+    def _write_offsets(self, batch: Batch) -> None:
         for topic in {tp.topic for tp in batch.next_offsets}:
             held, ahead = (
                 [(tp.partition, at) for tp, at in offsets.items() if tp.topic == topic]
@@ -209,6 +238,11 @@ def _client(url: str) -> "redis.Redis":
     except (ValueError, TypeError, AttributeError):
         raise _malformed() from None
     return client
+
+
+def _literal(text: str) -> str:
+    """Text as a pattern of SCAN that matches itself."""
+    return re.sub(r"([\\*?\[\]])", r"\\\1", text)
 
 
 def _malformed() -> ConfigError:

@@ -1,11 +1,11 @@
 """Windows in one SQLite file: for a single worker, with no server."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm4es.errors import ConfigError, Fenced, SinkUnavailable
+from llm4es.errors import ConfigError, Fenced, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
 from llm4es.windows import Window
 from stream_worker.ports import NO_OFFSETS, LogIdentity, WindowTransaction
@@ -90,6 +90,24 @@ class SqliteWindowStore:
                 ):
                     windows[entity] = decode_window(entity, version, record)
         return windows
+
+    def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
+        """Give every window of these partitions."""
+        after = ""
+        while True:
+            with _mapped():
+                found = self._connection.execute(
+                    "SELECT entity, version, record FROM windows "
+                    "WHERE bundle = ? AND entity > ? ORDER BY entity LIMIT ?",
+                    (self._bundle, after, _CHUNK),
+                ).fetchall()
+            for entity, version, record in found:
+                window = decode_window(entity, version, record)
+                if (window.topic, window.partition) in partitions:
+                    yield window
+            if len(found) < _CHUNK:
+                return
+            after = found[-1][0]
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
@@ -179,6 +197,13 @@ class SqliteWindowStore:
                 "WHERE bundle = ? AND entity = ? AND version = ?",
                 (record, self._bundle, window.entity_id, window.version),
             )
+        if (
+            done.rowcount != 1
+            and window.version
+            and not self.load([window.entity_id])[window.entity_id].version
+        ):
+            msg = "the window store has lost a window that was read from it"
+            raise StoreLost(msg)
         if done.rowcount != 1:
             msg = "another worker has written a window of this batch"
             raise Fenced(msg)

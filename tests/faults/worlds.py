@@ -86,6 +86,8 @@ class World:
     letters: ParkedLetters = field(default_factory=ParkedLetters)
     group: dict[Any, int] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=Metrics)
+    topic: str = "shop"
+    partitions: int = PARTITIONS
 
     def open_store(self) -> WindowStore:
         if self.store_of is not None:
@@ -94,8 +96,8 @@ class World:
 
     def describe(self) -> LogDescription:
         return LogDescription(
-            identity=LogIdentity(topic="shop", topic_id="t", partitions=PARTITIONS),
-            spans={p: PartitionSpan(0, len(self.log)) for p in range(PARTITIONS)},
+            identity=LogIdentity(topic=self.topic, topic_id="t", partitions=self.partitions),
+            spans={p: PartitionSpan(0, len(self.log)) for p in range(self.partitions)},
             compacted=False,
             timestamps="log_append",
         )
@@ -140,11 +142,11 @@ class World:
 
     def windows(self) -> dict[str, bytes]:
         store = self.open_store()
+        partitions = {record.topic_partition for record in self.log}
         try:
-            found = {f"c{number}": store.read(f"c{number}") for number in range(5)}
+            return {each.entity_id: encode_window(each) for each in store.scan(partitions)}
         finally:
             store.close()
-        return {key: encode_window(window) for key, window in found.items() if window is not None}
 
     def dead(self) -> set[tuple[int, int]]:
         """Coordinates of the parked records; a letter may be there twice."""
