@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from llm4es.bundle import Bundle, load_bundle
+from llm4es.deletion import DeletionKey
 from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
@@ -60,6 +61,8 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
             writer_id=f"{socket.gethostname()}-{os.getpid()}",
             roll_rows=settings.journal_roll_rows,
             roll_s=settings.journal_roll_s,
+            deletion_key=_deletion_key(settings),
+            deletion_guard_s=settings.deletion_guard_s,
         )
         stack.callback(sink.close)
         store = open_window_store(settings, bundle)
@@ -98,9 +101,14 @@ def open_window_store(
     url = settings.window_store.get_secret_value()
     scheme, _, rest = url.partition(":")
     if scheme == "sqlite":
-        return SqliteWindowStore(Path(rest.removeprefix("//")), bundle.id, read_only=read_only)
+        return SqliteWindowStore(
+            Path(rest.removeprefix("//")),
+            bundle.id,
+            read_only=read_only,
+            deletion_key=_deletion_key(settings),
+        )
     if scheme in {"redis", "rediss", "unix"}:
-        return RedisWindowStore(url, bundle.id)
+        return RedisWindowStore(url, bundle.id, deletion_key=_deletion_key(settings))
     raise ConfigError(
         "window_store",
         "its scheme is none of sqlite, redis, rediss and unix",
@@ -153,6 +161,11 @@ def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) 
     refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
 
 
+def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:
+    secret = settings.deletion_key
+    return None if secret is None else DeletionKey(secret.get_secret_value())
+
+
 def _policy(settings: WorkerSettings) -> WorkerPolicy:
     keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
     delay = timedelta(milliseconds=settings.availability_delay_ms)
@@ -162,6 +175,7 @@ def _policy(settings: WorkerSettings) -> WorkerPolicy:
         max_value_bytes=settings.max_value_bytes,
         availability_delay=None if keeps_timestamps else delay,
         every_event=settings.every_event,
+        deletes=settings.deletion_key is not None,
         until_end=settings.until_end,
         unproven_start=settings.unproven_start,
     )

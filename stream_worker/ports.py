@@ -9,6 +9,7 @@ from typing import Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import InvalidEvent
 from llm4es.events import Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow
@@ -142,7 +143,8 @@ class WindowStore(Protocol):
     `begin` gives a block: leaving it writes the windows, each by compare-and-set on its version,
     then the offsets; an exception inside it writes nothing. Raises Fenced where another worker
     has written a window meanwhile, SinkUnavailable where the store cannot be reached, ConfigError
-    where it is no window store or refuses us.
+    where it is no window store or refuses us. A window that is `deleted` is kept under a keyed
+    hash of its entity's id, and its id nowhere, until the entity has events again.
     """
 
     def begin(
@@ -216,6 +218,14 @@ class FeatureSink(Protocol):
         Rows survive what the window store survives, where that is the sink's to say. Checks
         dimension and finiteness itself (Feast does not). Raises SinkUnavailable (retry
         after `retry_after_s`), SinkRejected (our bug: stop).
+        """
+        ...
+
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Return when no row of these entities at or before `as_of` can be read any more.
+
+        Nor comes one back: `journal` and `publish` leave such rows out from now on, in every
+        process that writes here. A newer row stays. Idempotent. Raises SinkUnavailable.
         """
         ...
 

@@ -58,6 +58,7 @@ class WorkerPolicy:
     max_value_bytes: int = 1 << 20
     availability_delay: timedelta | None = timedelta(0)  # None: the log keeps its own timestamps
     every_event: bool = False
+    deletes: bool = False  # tombstones delete; without a deletion key they are bad records
     until_end: bool = False
     unproven_start: bool = False
 
@@ -84,6 +85,7 @@ class Worker:
             max_value_bytes=policy.max_value_bytes,
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
+            deletes=policy.deletes,
         )
         self._held: dict[TopicPartition, int] = {}  # next offsets that the store has shown
         self._unproven: set[tuple[str | None, int | None]] = set()
@@ -153,6 +155,8 @@ class Worker:
     def _carry_through(self, records: Sequence[Record], polled_at: float) -> None:
         with self._store.begin(self._held) as txn:  # raises where it holds less by now
             folding, rows, windows = self._fold_and_embed(records, txn)
+            if folding.tombstones:
+                self._sink.delete(list(folding.tombstones.values()))  # before what came after
             self._sink.journal(rows)  # 1. publish: offline first, then online
             self._sink.publish(_newest(rows))
             readable_s = time.monotonic() - polled_at

@@ -8,8 +8,10 @@ that stock Feast wrote is respected like one of ours, and Feast's own check (rea
 cannot lose a race to us. Feast's readers notice no difference.
 """
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import sha1
 from typing import Any
 
@@ -20,6 +22,7 @@ from redis import exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
 from llm4es.feast.online import ViewTarget, encode_row
 from llm4es.features import FeatureRow
@@ -28,7 +31,7 @@ __all__ = ["REDIS_ERRORS", "RedisRows", "translate_redis_error"]
 
 # KEYS: entity. ARGV: seconds, nanos, ttl (0: none), then the hash's fields and values, the
 # timestamp's first. Gives 1 written, 0 the same stands, -1 a newer one stands.
-_SCRIPT = """
+_DECODE = """
 local function decode(bytes)
   local seconds, nanos, at = 0, 0, 1
   while at <= #bytes do
@@ -44,6 +47,10 @@ local function decode(bytes)
   end
   return seconds, nanos
 end
+"""
+_SCRIPT = (
+    _DECODE
+    + """
 local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
 local standing = redis.call('HGET', KEYS[1], ARGV[4])
 if standing then
@@ -52,10 +59,33 @@ if standing then
   if stood_s == seconds and stood_n == nanos then return 0 end
 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 4))
-if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
+if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3])
+else redis.call('PERSIST', KEYS[1]) end -- a deleted entity's key was to end
 return 1
 """
-_SCRIPT_SHA = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+)
+# KEYS: entity. ARGV: seconds, nanos, guard in seconds, the timestamp's field and value, then the
+# view's fields. The key, which other views of the entity share, ends with its guard when nothing
+# but timestamps is left. Gives -1 where a newer row stands, and changes nothing then.
+_DELETE = (
+    _DECODE
+    + """
+local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
+local standing = redis.call('HGET', KEYS[1], ARGV[4])
+if standing then
+  local stood_s, stood_n = decode(standing)
+  if stood_s > seconds or (stood_s == seconds and stood_n > nanos) then return -1 end
+end
+redis.call('HDEL', KEYS[1], unpack(ARGV, 6))
+redis.call('HSET', KEYS[1], ARGV[4], ARGV[5])
+for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if string.sub(name, 1, 4) ~= '_ts:' then return 1 end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+)
+_Call = tuple[bytes | str | int, ...]
 _SUPERSEDED = -1
 _PIPELINED = 512  # rows of one round trip
 # What a call of redis-py may raise; its cluster client has a root of its own.
@@ -127,6 +157,18 @@ class RedisRows:
                     superseded.append(row.entity_id)
         return superseded
 
+    def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
+        """See OnlineRows."""
+        calls = [
+            (
+                self._key(each.entity_id),
+                *self._moment_of(each.as_of, str(math.ceil(guard_s))),
+                *self._fields.values(),
+            )
+            for each in tombstones
+        ]
+        self._run(_DELETE, calls)
+
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond."""
         try:
@@ -148,23 +190,27 @@ class RedisRows:
 
     def _execute(self, rows: Sequence[FeatureRow]) -> list[int]:
         calls = [(self._key(row.entity_id), *self._arguments(row)) for row in rows]
+        return self._run(_SCRIPT, calls)
+
+    def _run(self, script: str, calls: Sequence[_Call]) -> list[int]:
         try:
-            answers = self._send(calls)
+            answers = self._send(script, calls)
             if any(isinstance(answer, exceptions.NoScriptError) for answer in answers):
-                self._client.script_load(_SCRIPT)
-                answers = self._send(calls)  # rows that were written answer "the same stands"
+                self._client.script_load(script)
+                # Rows that were written answer "the same stands".
+                answers = self._send(script, calls)
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
         _raise_first(answers)
         return answers
 
-    def _send(self, calls: Sequence[tuple[bytes | str | int, ...]]) -> list[Any]:
+    def _send(self, script: str, calls: Sequence[_Call]) -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
             if self._cluster:  # a cluster's pipeline refuses EVALSHA
-                pipe.eval(_SCRIPT, 1, *call)
+                pipe.eval(script, 1, *call)
             else:
-                pipe.evalsha(_SCRIPT_SHA, 1, *call)
+                pipe.evalsha(_sha(script), 1, *call)
         answers: list[Any] = pipe.execute(raise_on_error=False)
         return answers
 
@@ -175,13 +221,21 @@ class RedisRows:
         return key
 
     def _arguments(self, row: FeatureRow) -> list[bytes | str | int]:
-        moment = Timestamp()
-        moment.FromDatetime(row.as_of)
-        arguments: list[bytes | str | int] = [moment.seconds, moment.nanos, self._ttl]
-        arguments += [self._timestamp_field, moment.SerializeToString()]
+        arguments = self._moment_of(row.as_of, self._ttl)
         for name, value in encode_row(row, self._target).items():
             arguments += [self._fields[name], value]
         return arguments
+
+    def _moment_of(self, as_of: datetime, seconds: str) -> list[bytes | str | int]:
+        moment = Timestamp()
+        moment.FromDatetime(as_of)
+        value = moment.SerializeToString()
+        return [moment.seconds, moment.nanos, seconds, self._timestamp_field, value]
+
+
+@cache
+def _sha(script: str) -> str:
+    return sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected | ConfigError:
