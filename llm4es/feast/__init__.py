@@ -1,8 +1,17 @@
 """The Feast plugin: the only part that imports Feast."""
 
-from llm4es.feast.definitions import Definitions, ViewSpec, define, read_view_spec, view_spec
+from llm4es.feast.definitions import (
+    Definitions,
+    ViewSpec,
+    define,
+    define_all,
+    read_pairs,
+    read_view_spec,
+    view_spec,
+)
 from llm4es.feast.online_reader import OnlineReader, open_reader
 from llm4es.feast.reader import read_as_of
+from llm4es.feast.services import bundle_views, drop_view, served_view, switch_service
 from llm4es.feast.sink import FeastSink, open_sink
 
 __all__ = [
@@ -10,10 +19,16 @@ __all__ = [
     "FeastSink",
     "OnlineReader",
     "ViewSpec",
+    "bundle_views",
     "define",
+    "define_all",
+    "drop_view",
     "open_reader",
     "open_sink",
     "read_as_of",
+    "read_pairs",
     "read_view_spec",
+    "served_view",
+    "switch_service",
     "view_spec",
 ]

@@ -53,6 +53,13 @@ class FeastSink:
         """Brokers of the view's stream source. Raises ConfigError where it has none."""
         return self._stream("kafka_bootstrap_servers")
 
+    @property
+    def value_format(self) -> str:
+        """How the view's stream source says that values are written: json, avro or proto."""
+        source = self._target.view.stream_source
+        told = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
+        return type(told).__name__.removesuffix("Format").lower() if told is not None else "json"
+
     def journal(self, rows: Sequence[FeatureRow]) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.
 
