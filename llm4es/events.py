@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -25,9 +25,11 @@ __all__ = [
     "EARLIEST_TIME",
     "EPOCH",
     "LATEST_TIME",
+    "NO_SPANS",
     "Event",
     "EventKey",
     "FieldValue",
+    "OffsetSpans",
     "Record",
     "TopicPartition",
     "coordinates_id",
@@ -56,6 +58,10 @@ class TopicPartition(NamedTuple):
 
     topic: str
     partition: int
+
+
+OffsetSpans = Mapping[TopicPartition, tuple[int, int]]  # first and next offset
+NO_SPANS: Final[OffsetSpans] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
 from llm4es.errors import NonFiniteEmbedding
-from llm4es.events import Record, TopicPartition
+from llm4es.events import NO_SPANS, OffsetSpans, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow, SumsLayout, token_weights
 from llm4es.rendering import Renderer, RenderingSpec
 from llm4es.schema import EventSchema
@@ -215,7 +215,7 @@ class MemorySink:
         self.offline: list[FeatureRow] = []
         self.online: dict[str, FeatureRow] = {}
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:  # noqa: ARG002
         """Append."""
         self.offline += rows
 

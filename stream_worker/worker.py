@@ -153,7 +153,7 @@ class Worker:
     def _carry_through(self, records: Sequence[Record], polled_at: float) -> None:
         with self._store.begin(self._held) as txn:  # raises where it holds less by now
             folding, rows, windows = self._fold_and_embed(records, txn)
-            self._sink.journal(rows)  # 1. publish: offline first, then online
+            self._sink.journal(rows, _spans(records))  # 1. publish: offline first, then online
             self._sink.publish(_newest(rows))
             readable_s = time.monotonic() - polled_at
             if folding.letters:
@@ -284,6 +284,14 @@ class Worker:
 
 def _next_offsets(records: Sequence[Record]) -> dict[TopicPartition, int]:
     return {record.topic_partition: record.offset + 1 for record in records}
+
+
+def _spans(records: Sequence[Record]) -> dict[TopicPartition, tuple[int, int]]:
+    """First and next offset of each partition: records of one come in the order of offset."""
+    first: dict[TopicPartition, int] = {}
+    for record in records:
+        first.setdefault(record.topic_partition, record.offset)
+    return {tp: (first[tp], upto) for tp, upto in _next_offsets(records).items()}
 
 
 def _newest(rows: Sequence[FeatureRow]) -> list[FeatureRow]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llm4es.bundle import Manifest, Pooling, SurpriseSpec, Training
 from llm4es.feast import ViewSpec, define
 from llm4es.feast.definitions import read_view_spec
-from llm4es.feast.journal import rows_to_batch
+from llm4es.feast.parts import rows_to_batch
 from llm4es.features import FeatureRow
 from llm4es.rendering import RenderingSpec
 from llm4es.schema import load_schema

@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from llm4es.errors import ConfigError
 from llm4es.feast.definitions import TIMESTAMP_FIELD, join_key_of
-from llm4es.feast.journal import list_parts, log_schema
 from llm4es.feast.offline_log import log_folder
+from llm4es.feast.parts import list_parts, log_schema
 from llm4es.feast.services import served_view
 
 __all__ = ["read_as_of"]

@@ -13,7 +13,7 @@ from feast import KafkaSource
 
 from llm4es.bundle import Bundle
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.events import EPOCH, entity_hash
+from llm4es.events import EPOCH, NO_SPANS, OffsetSpans, entity_hash
 from llm4es.feast.definitions import ViewSpec
 from llm4es.feast.journal import OfflineJournal
 from llm4es.feast.offline_log import log_folder
@@ -60,13 +60,14 @@ class FeastSink:
         told = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
         return type(told).__name__.removesuffix("Format").lower() if told is not None else "json"
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.
 
+        `spans` are the offsets that they were made from: an exact replay replaces its own parts.
         Readers see them when they are rolled. Raises SinkUnavailable, SinkRejected.
         """
         self._refuse_broken(rows)
-        self._journal.append(rows)
+        self._journal.append(rows, spans)
 
     def publish(self, rows: Sequence[FeatureRow]) -> None:
         """Return only when every row is readable online, or superseded by a newer one.
