@@ -1,5 +1,6 @@
 """The Feast plugin: the only part that imports Feast."""
 
+from llm4es.feast.compaction import Compaction, compact_view
 from llm4es.feast.definitions import (
     Definitions,
     ViewSpec,
@@ -15,11 +16,13 @@ from llm4es.feast.services import bundle_views, drop_view, served_view, switch_s
 from llm4es.feast.sink import FeastSink, open_sink
 
 __all__ = [
+    "Compaction",
     "Definitions",
     "FeastSink",
     "OnlineReader",
     "ViewSpec",
     "bundle_views",
+    "compact_view",
     "define",
     "define_all",
     "drop_view",

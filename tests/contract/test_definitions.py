@@ -401,7 +401,7 @@ def test_a_source_that_tells_of_other_events_is_refused(tmp_path: Path, spec: Vi
     view: Any = store.get_stream_feature_view(VIEW)
     source = view.stream_source
     told, tags = source.kafka_options.message_format, source.tags
-    other = JsonFormat("{}")  # type: ignore[no-untyped-call]
+    other = JsonFormat("{}")
     for problem, format_, tagged in (
         ("event time from 'elsewhere'", told, {"event_time_field": "elsewhere"}),
         ("other fields", other, tags),
