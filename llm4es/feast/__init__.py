@@ -14,12 +14,15 @@ from llm4es.feast.online_reader import OnlineReader, open_reader
 from llm4es.feast.reader import read_as_of
 from llm4es.feast.services import bundle_views, drop_view, served_view, switch_service
 from llm4es.feast.sink import FeastSink, open_sink
+from llm4es.feast.training import EntityFeatures, TrainingSet, training_frame
 
 __all__ = [
     "Compaction",
     "Definitions",
+    "EntityFeatures",
     "FeastSink",
     "OnlineReader",
+    "TrainingSet",
     "ViewSpec",
     "bundle_views",
     "compact_view",
@@ -33,5 +36,6 @@ __all__ = [
     "read_view_spec",
     "served_view",
     "switch_service",
+    "training_frame",
     "view_spec",
 ]
