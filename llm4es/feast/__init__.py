@@ -10,6 +10,12 @@ from llm4es.feast.definitions import (
     read_view_spec,
     view_spec,
 )
+from llm4es.feast.embedding_reader import (
+    EmbeddingReader,
+    Embeddings,
+    Status,
+    open_embedding_reader,
+)
 from llm4es.feast.online_reader import OnlineReader, open_reader
 from llm4es.feast.reader import read_as_of
 from llm4es.feast.services import bundle_views, drop_view, served_view, switch_service
@@ -19,9 +25,12 @@ from llm4es.feast.training import EntityFeatures, TrainingSet, training_frame
 __all__ = [
     "Compaction",
     "Definitions",
+    "EmbeddingReader",
+    "Embeddings",
     "EntityFeatures",
     "FeastSink",
     "OnlineReader",
+    "Status",
     "TrainingSet",
     "ViewSpec",
     "bundle_views",
@@ -29,6 +38,7 @@ __all__ = [
     "define",
     "define_all",
     "drop_view",
+    "open_embedding_reader",
     "open_reader",
     "open_sink",
     "read_as_of",

@@ -25,7 +25,7 @@ from llm4es.feast.definitions import (
 from llm4es.feast.online import OnlineRows, PortableRows, ViewTarget
 from llm4es.features import view_name
 
-__all__ = ["apply_command", "open_rows", "open_target"]
+__all__ = ["apply_command", "open_rows", "open_store", "open_target"]
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def open_target(
     BundleMismatch (the view is another bundle's), SinkUnavailable.
     """
     spec = bundle if isinstance(bundle, ViewSpec) else view_spec(bundle)
-    store = _open_store(repo_path, config_file)
+    store = open_store(repo_path, config_file)
     apply = apply_command(repo_path, config_file)
     view = _find_view(store, spec, apply)
     _refuse_other_view(view, spec, apply)
@@ -63,7 +63,8 @@ def apply_command(repo_path: Path, config_file: str) -> str:
     return f"feast -c {repo_path} -f {repo_path / config_file} apply"
 
 
-def _open_store(repo_path: Path, config_file: str) -> FeatureStore:
+def open_store(repo_path: Path, config_file: str) -> FeatureStore:
+    """Open a Feast repository. Raises ConfigError naming the file, and what is wrong in it."""
     path = repo_path.absolute() / config_file
     try:
         return FeatureStore(repo_path=str(repo_path.absolute()), fs_yaml_file=path)
