@@ -116,8 +116,10 @@ class _Dense:
         return found
 
 
-def build_choices(scene: Scene, embeddings: Embeddings, terms: Terms) -> list[Features]:
-    """Ours, then the baselines."""
+def build_choices(
+    scene: Scene, embeddings: Embeddings, terms: Terms, beside: Mapping[str, Embeddings]
+) -> list[Features]:
+    """Ours, then the baselines; `beside` has what other entities' views say of the same rows."""
     histories, asked = scene.log.histories, scene.asked
     with scene.console.status("aggregating"):
         hand_made = Aggregates(scene.bundle.schema, histories, windows=scene.task.times is not None)
@@ -128,14 +130,19 @@ def build_choices(scene: Scene, embeddings: Embeddings, terms: Terms) -> list[Fe
         recency = recency_frequency(histories, asked)
     vectors = embeddings.vectors
     ours = [(EMBEDDING, [vectors])]
+    view = [vectors]
     if SumsLayout(scene.bundle).columns:
         surprise = np.column_stack([embeddings.surprise, embeddings.surprise_last])
+        view = [vectors, surprise]
         ours += [
             (_SURPRISE, [surprise]),
             (f"{EMBEDDING} + {_SURPRISE}", [vectors, surprise]),
             (f"{EMBEDDING} + {_SURPRISE} + {AGGREGATES}", [vectors, surprise, aggregates]),
         ]
     ours.append((f"{EMBEDDING} + {AGGREGATES}", [vectors, aggregates]))
+    for entity, found in beside.items():
+        other = [found.vectors, found.surprise, found.surprise_last[:, None]]
+        ours += [(f"{entity} view", other), (f"both views ({entity})", [*view, *other])]
     theirs = [(AGGREGATES, aggregates), (_RECENCY, recency), (_BAG, embeddings.token_bag)]
     if scene.coles_seed is not None:
         theirs.append((_COLES, _coles(scene, scene.coles_seed)))

@@ -18,10 +18,10 @@ from pyarrow import parquet
 from llm4es.bundle import Bundle
 from llm4es.errors import ConfigError, SinkUnavailable
 from llm4es.feast.definitions import ViewSpec
-from llm4es.feast.journal import recover_journals
+from llm4es.feast.deletions import rewriting
 from llm4es.feast.offline_log import log_folder
 from llm4es.feast.opening import open_target
-from llm4es.feast.parts import SCHEMA_PART, TIMESTAMP, list_parts, maintaining, write_parts
+from llm4es.feast.parts import SCHEMA_PART, TIMESTAMP, list_parts, write_parts
 
 __all__ = ["Compaction", "compact", "compact_view"]
 
@@ -47,9 +47,9 @@ def compact_view(
     config_file: str = "feature_store.yaml",
     part_rows: int = PART_ROWS,
 ) -> Compaction:
-    """Compact the offline log of a bundle's view; roll what killed writers left, first.
+    """Compact the offline log of a bundle's view.
 
-    Raises as `open_sink` does, and SinkUnavailable where another process rewrites the log.
+    Waits while another process rewrites the log. Raises as `open_sink` does.
     """
     target, _ = open_target(repo_path, bundle, config_file)
     folder = log_folder(target.store.config, target.view.batch_source)
@@ -60,7 +60,6 @@ def compact_view(
             "run it where the log stands",
         )
     try:
-        recover_journals(folder)
         return compact(folder, target.join_key, view=target.view.name, part_rows=part_rows)
     except OSError as error:
         raise SinkUnavailable(f"offline log {folder}: {error}") from error
@@ -71,9 +70,10 @@ def compact(
 ) -> Compaction:
     """Merge the parts of each day into parts of at most `part_rows` rows, as long as there is gain.
 
-    Rows are ordered by (entity, timestamp). Raises OSError, SinkUnavailable.
+    Rows are ordered by (entity, timestamp). One process at a time rewrites a log: another one
+    waits. Raises OSError.
     """
-    with maintaining(folder):
+    with rewriting(folder):
         _take_away_torn(folder)
         before = _data_parts(folder)
         bytes_before = sum(part.stat().st_size for part in before)

@@ -1,6 +1,7 @@
 """The offline log's journal: it makes rows durable, and is rolled into parts (parts.py).
 
     <log>/_journal/<stem>.journal        rows that are durable and not yet in a part (.new: none)
+    <log>/_deleted/                      whose rows may not be read, see `deletions`
 
 A batch is durable once its frame is in the journal and fsynced. Readers see rolled parts only.
 Parts are named by what is in the journal alone, so a crash between them and the journal's removal
@@ -30,8 +31,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import SinkUnavailable
 from llm4es.events import NO_SPANS, OffsetSpans, TopicPartition
+from llm4es.feast.deletions import Deletions
 from llm4es.feast.parts import (
     TIMESTAMP,
     ensure_log,
@@ -56,11 +59,13 @@ _RETRY_S = 1.0
 _JSON = b"{"  # Arrow's messages begin with 0xFFFFFFFF
 
 
-def recover_journals(folder: Path) -> int:
+def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
     """Roll every journal whose writer is gone; give the number of rows that were found.
 
-    Raises OSError. Safe beside living writers and beside another recovery.
+    Rows of deleted entities are left out. Raises OSError. Safe beside living writers and beside
+    another recovery.
     """
+    known = deletions or Deletions(folder, None)
     found = 0
     for path in sorted((folder / _JOURNALS).glob(f"*{_SUFFIX}")):
         with suppress(FileNotFoundError), path.open("rb") as file:
@@ -68,8 +73,10 @@ def recover_journals(folder: Path) -> int:
                 continue
             table, spans = _read_frames(file.read())
             if table is not None and len(table):
-                _write(folder, path, table, spans)
-                found += len(table)
+                with known.held_still():
+                    rows = known.without(table)
+                    _write(folder, path, rows, spans)
+                found += len(rows)
             path.unlink()
     for path in (folder / _JOURNALS).glob(f"*{_UNNAMED}"):  # of writers killed at birth: no rows
         with suppress(FileNotFoundError), path.open("rb") as file:
@@ -130,10 +137,12 @@ class _Segment:
             raise
         self._length += written
 
-    def roll(self, folder: Path) -> None:
+    def roll(self, folder: Path, deletions: Deletions) -> None:
         """Write the parts, then remove the journal, then let go of its lock."""
         if self.batches:
-            _write(folder, self.path, pa.Table.from_batches(self.batches), self.spans)
+            with deletions.held_still():
+                rows = deletions.without(pa.Table.from_batches(self.batches))
+                _write(folder, self.path, rows, self.spans)
         self.path.unlink(missing_ok=True)
         os.close(self._file)
 
@@ -142,12 +151,21 @@ class OfflineJournal:
     """Appends rows to a log's folder. One per writer; its methods may be called by any thread.
 
     A journal is rolled when it holds `roll_rows` or is `roll_s` old, by a thread of its own, and
-    by `roll` and `close`. Every failure to write is SinkUnavailable.
+    by `roll` and `close`. What `deletions` knows of is never written, nor rolled. Every failure to
+    write is SinkUnavailable.
     """
 
     def __init__(
-        self, folder: Path, *, join_key: str, writer_id: str, roll_rows: int, roll_s: float
+        self,
+        folder: Path,
+        *,
+        join_key: str,
+        writer_id: str,
+        roll_rows: int,
+        roll_s: float,
+        deletions: Deletions | None = None,
     ) -> None:
+        self._deletions = deletions or Deletions(folder, None)
         self._folder = folder
         self._join_key = join_key
         self._schema = log_schema(join_key)
@@ -161,7 +179,7 @@ class OfflineJournal:
         self._rolling = threading.Lock()  # one thread writes parts at a time
         try:
             ensure_log(folder, self._schema)
-            recover_journals(folder)
+            recover_journals(folder, self._deletions)
         except OSError as error:
             raise _unavailable(folder, error) from error
         self._thread = threading.Thread(target=self._roll_in_time, name="roll", daemon=True)
@@ -190,6 +208,20 @@ class OfflineJournal:
             if self._open.rows >= self._roll_rows:
                 self._seal()
 
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Return when no reader sees rows of these entities at or before their tombstones."""
+        try:
+            self._deletions.add(tombstones)
+        except OSError as error:
+            raise _unavailable(self._folder, error) from error
+
+    def kept(self, rows: Sequence[FeatureRow]) -> list[FeatureRow]:
+        """Rows that no tombstone forbids."""
+        try:
+            return self._deletions.kept(rows)
+        except OSError as error:
+            raise _unavailable(self._folder, error) from error
+
     def roll(self) -> None:
         """Return when every appended row is in a part that readers see."""
         with self._changed:
@@ -216,7 +248,7 @@ class OfflineJournal:
     def _roll_sealed(self) -> None:
         with self._rolling:
             while self._sealed:
-                self._sealed[0].roll(self._folder)
+                self._sealed[0].roll(self._folder, self._deletions)
                 with self._changed:
                     del self._sealed[0]
 

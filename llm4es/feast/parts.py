@@ -10,11 +10,9 @@ that stand in two parts are identical: readers take one per (entity, timestamp),
 one.
 """
 
-import fcntl
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +22,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from llm4es.errors import SinkUnavailable
 from llm4es.events import OffsetSpans
 from llm4es.features import FeatureRow
 
@@ -35,7 +32,6 @@ __all__ = [
     "ensure_log",
     "list_parts",
     "log_schema",
-    "maintaining",
     "part_stem",
     "rows_to_batch",
     "sync_folder",
@@ -50,7 +46,6 @@ _VECTORS = ("embedding", "surprise")
 _LABELS = ("last_event_id", "bundle_id")
 _NAMED_SPANS = 3  # of a part's name; more of them are hashed
 _DIGEST_BYTES = 6
-_LOCK = "_maintenance.lock"
 
 
 def log_schema(join_key: str) -> pa.Schema:
@@ -178,24 +173,6 @@ def write_part(folder: Path, stem: str, table: pa.Table) -> Path:
     temporary.replace(part)
     sync_folder(folder)
     return part
-
-
-@contextmanager
-def maintaining(folder: Path) -> Iterator[None]:
-    """Be the only one that replaces parts of a log by others; writers and readers go on.
-
-    Raises SinkUnavailable where another one is at it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SinkUnavailable(f"offline log {folder}: another process rewrites it") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

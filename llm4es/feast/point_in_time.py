@@ -53,6 +53,7 @@ class PartsTable:
     features: Mapping[str, str]  # column of the files -> name in the answer
     ttl: timedelta | None
     by_created: bool = False  # whether a row is known from its creation on
+    deleted: Callable[[], Mapping[str, datetime]] = dict  # ids whose rows up to then are not read
 
     def nothing(self, rows: int) -> pa.Table:
         """What is known where there are no files: nulls."""
@@ -123,7 +124,8 @@ def join(connection: duckdb.DuckDBPyConnection, asked: Asked, table: PartsTable)
     source = read_files(files)
     connection.register("asked", asked.table)
     _refuse_other_keys(connection, asked, table, source)
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE matched AS {_matching(table, source)}")
+    kept = _kept(connection, source, next(iter(table.keys), ""), table.timestamp, table.deleted())
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE matched AS {_matching(table, kept)}")
     named = "".join(
         f", payload.{quoted(name)} AS {quoted(called)}" for name, called in table.features.items()
     )
@@ -149,6 +151,7 @@ def choose(
     timestamp: str,
     since: datetime | None,
     until: datetime | None,
+    deleted: tuple[str, Mapping[str, datetime]] | None = None,
 ) -> pa.Table:
     """Columns of one row per `one_per`, the first by `order` (SQL), within dates."""
     source = read_files(files)
@@ -160,8 +163,9 @@ def choose(
     where = " AND ".join(bounds) or "true"
     per = ", ".join(quoted(name) for name in one_per) or "1"
     by = ", ".join([*order, _PLACE])
+    kept = _kept(connection, source, deleted[0], timestamp, deleted[1]) if deleted else source
     chosen = (
-        f"SELECT {_PLACE} FROM {source} WHERE {where} "  # noqa: S608 - names are quoted
+        f"SELECT {_PLACE} FROM {kept} WHERE {where} "  # noqa: S608 - names are quoted
         f"QUALIFY row_number() OVER (PARTITION BY {per} ORDER BY {by}) = 1"
     )
     names = ", ".join(quoted(name) for name in columns)
@@ -184,6 +188,26 @@ def retrying(work: Callable[[], _T]) -> _T:
         with suppress(duckdb.IOException):
             return work()
     return work()
+
+
+def _kept(
+    connection: duckdb.DuckDBPyConnection,
+    source: str,
+    key: str,
+    timestamp: str,
+    deleted: Mapping[str, datetime],
+) -> str:
+    """SQL of the source's rows that no tombstone forbids, and where they stand."""
+    if not deleted or not key:
+        return source
+    ids = pa.array(list(deleted), pa.string())
+    until = pa.array([_microseconds(each) for each in deleted.values()], pa.int64())
+    connection.register("deleted", pa.table({"id": ids, "until": until}))
+    return (
+        f"(SELECT *, {_PLACE} FROM {source} rows WHERE NOT EXISTS (SELECT 1 FROM deleted WHERE "  # noqa: S608
+        f"deleted.id = rows.{quoted(key)} AND epoch_us(rows.{quoted(timestamp)}) <= "
+        "deleted.until))"
+    )
 
 
 def _matching(table: PartsTable, source: str) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from feast import FeatureStore
 from pyarrow import parquet
 
 from llm4es.errors import ConfigError
 from llm4es.feast.definitions import TIMESTAMP_FIELD, join_key_of
+from llm4es.feast.deletions import pending_deletions
 from llm4es.feast.offline_log import log_folder
 from llm4es.feast.parts import list_parts, log_schema
 from llm4es.feast.services import served_view
@@ -64,4 +66,9 @@ def read_as_of(store: FeatureStore, entity: str) -> pd.DataFrame:
 
 def _read_columns(folder: Path, join_key: str, columns: list[str]) -> pa.Table:
     parts = [parquet.read_table(part, columns=columns) for part in list_parts(folder)]
-    return pa.concat_tables([log_schema(join_key).empty_table().select(columns), *parts])
+    rows = pa.concat_tables([log_schema(join_key).empty_table().select(columns), *parts])
+    pending = pending_deletions(folder)
+    for entity_id, as_of in pending.items():
+        gone = (pc.field(join_key) == entity_id) & (pc.field(TIMESTAMP_FIELD) <= as_of)
+        rows = rows.filter(~gone)
+    return rows

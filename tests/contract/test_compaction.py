@@ -9,6 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,14 +18,15 @@ import pytest
 from feast import FeatureStore
 from pyarrow import parquet
 
-from llm4es.errors import SinkUnavailable
+from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.events import TopicPartition
 from llm4es.feast import FeastSink, ViewSpec, compact_view, open_sink
 from llm4es.feast.compaction import compact
 from llm4es.feast.definitions import FIELDS, TIMESTAMP_FIELD
+from llm4es.feast.deletions import rewriting
 from llm4es.feast.journal import recover_journals
-from llm4es.feast.offline_log import LogOfflineStore
-from llm4es.feast.parts import list_parts, log_schema, maintaining, write_part
+from llm4es.feast.offline_log import LogOfflineStore, rewrite_deleted
+from llm4es.feast.parts import list_parts, log_schema, write_part
 from llm4es.features import view_name
 from tests.feast_parts import (
     BUNDLE_ID,
@@ -239,6 +242,29 @@ def test_readers_go_on_while_parts_are_replaced(repo: Path, spec: ViewSpec) -> N
     assert len(read(repo)) == 120
 
 
-def test_two_compactions_at_once_are_refused(repo: Path, spec: ViewSpec) -> None:
-    with maintaining(log_of(repo)), pytest.raises(SinkUnavailable, match="another process"):
-        compact_view(repo, spec)
+def test_a_compaction_waits_for_who_rewrites_the_log(repo: Path, spec: ViewSpec) -> None:
+    sink = open_sink(repo, spec, writer_id="w")
+    for first in (0, 2):
+        flush(sink, spec, first)
+    sink.close()
+    with ThreadPoolExecutor() as pool, rewriting(log_of(repo)):
+        waiting = pool.submit(compact, log_of(repo), JOIN_KEY)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        assert len(data_parts(log_of(repo))) == 2
+    assert waiting.result().parts_after == 1
+
+
+def test_compaction_keeps_what_is_deleted_out_of_sight(repo: Path, spec: ViewSpec) -> None:
+    key = DeletionKey("k" * 32)
+    sink = open_sink(repo, spec, writer_id="w", deletion_key=key)
+    for first in (0, 3):
+        flush(sink, spec, first, 3)
+    sink.delete([Tombstone(entity_id="c1", as_of=NOON + timedelta(days=1))])
+    left = {(f"c{n % 3}", f"e{n}") for n in range(6) if n % 3 != 1}
+    assert set(read(repo)) == left
+    sink.close()
+    compact(log_of(repo), JOIN_KEY)
+    assert set(read(repo)) == left
+    rewrite_deleted(log_of(repo), join_key=JOIN_KEY, timestamp_field=TIMESTAMP_FIELD)
+    assert set(lying_in(data_parts(log_of(repo)))) == left
