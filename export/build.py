@@ -32,14 +32,14 @@ from export.corpus import (
     read_log,
 )
 from export.finetune import Trained, mean_nats, train
-from export.graphs import export_graph
+from export.graphs import export_graphs
 from export.parity import measure_parity, random_chapters, refuse_disparity
 from export.projection import learn_projection
 from export.readers import Reader, open_reader
 from export.recipe import Recipe
 from llm4es.bundle import (
     ARRAYS,
-    FULL_GRAPH,
+    CACHED_GRAPH,
     MANIFEST,
     SCHEMA,
     TOKENIZER,
@@ -50,8 +50,9 @@ from llm4es.bundle import (
     seal_bundle,
 )
 from llm4es.bundle import Training as TrainingFacts
-from llm4es.engine.embedder import default_threads
-from llm4es.engine.session import FullGraph
+from llm4es.engine import default_threads
+from llm4es.engine.reading import ChapterGraph, read_whole
+from llm4es.engine.session import open_cpu_graphs
 from llm4es.errors import ConfigError
 from llm4es.events import Event
 from llm4es.features import HEADER_STATES, HEADER_TOKENS, SumsLayout
@@ -133,10 +134,13 @@ def build_bundle(request: Request, console: Console) -> Built:
         )
         pooling = _pooling(recipe, reader.model)
         with console.status("exporting to ONNX, comparing with transformers"):
-            graph = _export(folder, reader, pooling, surprise=recipe.surprise is not None)
+            export_graphs(reader.model, pooling, folder, surprise=recipe.surprise is not None)
+            graphs = open_cpu_graphs(folder, threads=default_threads())
             parity = measure_parity(
-                graph, reader.model, pooling, _parity_chapters(reader, corpus, recipe)
+                graphs, reader.model, pooling, _parity_chapters(reader, corpus, recipe)
             )
+            graph = graphs[CACHED_GRAPH]
+            del graphs  # the portable one's weights
             refuse_disparity(parity)
         with console.status("calibrating surprise on held-out entities"):
             loss = mean_nats(reader.model, reader.tokens.header_ids, corpus.held_out)
@@ -236,12 +240,6 @@ def _pooling(recipe: Recipe, model: PreTrainedModel) -> Pooling:
     )
 
 
-def _export(folder: Path, reader: Reader, pooling: Pooling, *, surprise: bool) -> FullGraph:
-    path = folder / FULL_GRAPH
-    export_graph(reader.model, pooling, path.parent, surprise=surprise, name=path.name)
-    return FullGraph(path, device="cpu", threads=default_threads())
-
-
 def _parity_chapters(reader: Reader, corpus: Corpus, recipe: Recipe) -> list[NDArray[np.int64]]:
     """Ids of random chapters from one token to the most there may be, and of some real ones."""
     header = reader.tokens.header_ids
@@ -257,7 +255,7 @@ def _parity_chapters(reader: Reader, corpus: Corpus, recipe: Recipe) -> list[NDA
 
 
 def _calibrated(
-    reader: Reader, graph: FullGraph, corpus: Corpus, request: Request, material: _Material
+    reader: Reader, graph: ChapterGraph, corpus: Corpus, request: Request, material: _Material
 ) -> dict[str, NDArray[np.float64]]:
     """What surprise is usual, by the very graph that serves."""
     spec = request.recipe.surprise
@@ -266,22 +264,22 @@ def _calibrated(
     header = reader.tokens.header_ids
 
     def read_nats(chapter: TrainingChapter) -> NDArray[np.float32]:
-        ids = np.concatenate([header, chapter.tokens.ids])[None]
-        _, nats = graph.run(ids, np.zeros((1, 1, ids.shape[1]), dtype=np.float32))
+        ids = np.concatenate([header, chapter.tokens.ids])
+        _, nats = read_whole(graph, ids, np.zeros((1, len(ids)), dtype=np.float32))
         if nats is None:
             msg = "the graph was exported without surprise"
             raise ValueError(msg)
-        return nats[0, len(header) :]
+        return nats[len(header) :]
 
     tracks = SurpriseTracks(material.schema, material.renderer)
     return calibrate(corpus.held_out or corpus.train, tracks, spec, read_nats)
 
 
-def _header_sums(graph: FullGraph, header: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+def _header_sums(graph: ChapterGraph, header: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
     """What the header's own states add to the plain mean."""
-    pooled, _ = graph.run(header[None], np.ones((1, 1, len(header)), dtype=np.float32))
+    pooled, _ = read_whole(graph, header, np.ones((1, len(header)), dtype=np.float32))
     return {
-        HEADER_STATES: pooled[0, 0].astype(np.float64),
+        HEADER_STATES: pooled[0].astype(np.float64),
         HEADER_TOKENS: np.array([len(header)], dtype=np.float64),
     }
 

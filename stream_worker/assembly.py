@@ -66,7 +66,15 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
         stack.callback(store.close)
         source, dead_letters = _open_log(settings, bundle, sink, stack)
         _refuse_unfit_log(source, store, bundle)
-        embedder = open_embedder(bundle, device=settings.device, threads=settings.threads)
+        embedder = open_embedder(
+            bundle,
+            device=settings.device,
+            threads=settings.threads,
+            cache_bytes=settings.kv_cache_bytes,
+            spill_folder=settings.kv_spill_folder,
+            spill_bytes=settings.kv_spill_bytes,
+        )
+        stack.callback(embedder.close)
         log.info(
             "bundle %s (%d dimensions) for %s on %s",
             bundle.id,
