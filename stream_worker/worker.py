@@ -191,4 +191,5 @@ class Worker:
 
 
 def _next_offsets(records: Sequence[Record]) -> dict[TopicPartition, int]:
-    return {record.topic_partition: record.offset + 1 for record in records}
+    last = {(record.topic, record.partition): record.offset for record in records}
+    return {TopicPartition(*name): offset + 1 for name, offset in last.items()}
