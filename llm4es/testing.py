@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
+from llm4es.deletion import Tombstone
 from llm4es.errors import NonFiniteEmbedding, StoreLost
 from llm4es.events import NO_OFFSETS, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow, SumsLayout, token_weights
@@ -54,10 +56,11 @@ def modelless_bundle(
     entity: str,
     window: WindowPolicy,
     rendering: RenderingSpec | None = None,
+    arrays: Mapping[str, NDArray[np.float64]] | None = None,
     bundle_id: str = "00000000test",
 ) -> Bundle:
     """Bundle with `byte_tokenizer`, for `LengthEmbedder`: no folder."""
-    renderer = Renderer(schema, rendering or RenderingSpec())
+    renderer = Renderer(schema, rendering or RenderingSpec(), arrays or {})
     pooling = Pooling(layers=(0,), scales=(math.inf, 4.0))
     manifest = Manifest(
         id=bundle_id,
@@ -79,7 +82,7 @@ def modelless_bundle(
         folder=Path(),
         manifest=manifest,
         schema=schema,
-        arrays={},
+        arrays=arrays or {},
         tokens=ChapterTokenizer(renderer, byte_tokenizer(), None),
     )
 
@@ -227,10 +230,11 @@ class MemorySink:
         self.online: dict[str, FeatureRow] = {}
         self.reached: dict[TopicPartition, int] = {}
         self._losses = 0
+        self.deleted: dict[str, datetime] = {}
 
     def journal(self, rows: Sequence[FeatureRow]) -> None:
         """Append."""
-        self.offline += rows
+        self.offline += filter(self._kept, rows)
 
     def lose(self) -> None:
         """Lose all that is online."""
@@ -270,14 +274,26 @@ class MemorySink:
         return {tp: at for tp, at in self.reached.items() if tp.topic == topic}
 
     def _take(self, rows: Sequence[FeatureRow]) -> None:
-        for row in rows:
+        for row in filter(self._kept, rows):
             known = self.online.get(row.entity_id)
             if known is None or known.as_of < row.as_of:
                 self.online[row.entity_id] = row
 
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Drop what is there, and what comes late."""
+        for each in tombstones:
+            known = self.deleted.get(each.entity_id, each.as_of)
+            self.deleted[each.entity_id] = max(known, each.as_of)
+        self.offline = [row for row in self.offline if self._kept(row)]
+        self.online = {key: row for key, row in self.online.items() if self._kept(row)}
+
     def read(self, entity_ids: Sequence[str]) -> Sequence[FeatureRow | None]:
         """Online rows."""
         return [self.online.get(entity_id) for entity_id in entity_ids]
+
+    def _kept(self, row: FeatureRow) -> bool:
+        deleted = self.deleted.get(row.entity_id)
+        return deleted is None or row.as_of > deleted
 
     def close(self) -> None:
         """Nothing to let go."""

@@ -99,6 +99,11 @@ class ChapterTokenizer:
     def _count_tokens(self, text: str) -> int:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that is no event's line: what a model was trained on besides."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def _tokenize(self, line: "Line") -> _TokenizedLine:
         encoding = self._tokenizer.encode(line.text, add_special_tokens=False)
         owners = []

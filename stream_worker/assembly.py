@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from llm4es.bundle import Bundle, load_bundle
+from llm4es.deletion import DeletionKey
 from llm4es.engine import open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
@@ -88,6 +89,8 @@ def assembled_around(
             writer_id=f"{socket.gethostname()}-{os.getpid()}",
             roll_rows=settings.journal_roll_rows,
             roll_s=settings.journal_roll_s,
+            deletion_key=_deletion_key(settings),
+            deletion_guard_s=settings.deletion_guard_s,
         )
         stack.callback(sink.close)
         store = open_window_store(settings, bundle)
@@ -129,9 +132,14 @@ def open_window_store(
     url = settings.window_store.get_secret_value()
     scheme, _, rest = url.partition(":")
     if scheme == "sqlite":
-        return SqliteWindowStore(Path(rest.removeprefix("//")), bundle.id, read_only=read_only)
+        return SqliteWindowStore(
+            Path(rest.removeprefix("//")),
+            bundle.id,
+            read_only=read_only,
+            deletion_key=_deletion_key(settings),
+        )
     if scheme in {"redis", "rediss", "unix"}:
-        return RedisWindowStore(url, bundle.id)
+        return RedisWindowStore(url, bundle.id, deletion_key=_deletion_key(settings))
     raise ConfigError(
         "window_store",
         "its scheme is none of sqlite, redis, rediss and unix",
@@ -184,6 +192,11 @@ def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) 
     refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
 
 
+def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:
+    secret = settings.deletion_key
+    return None if secret is None else DeletionKey(secret.get_secret_value())
+
+
 def _policy(settings: WorkerSettings) -> WorkerPolicy:
     keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
     delay = timedelta(milliseconds=settings.availability_delay_ms)
@@ -197,6 +210,7 @@ def _policy(settings: WorkerSettings) -> WorkerPolicy:
         hot_events=settings.hot_window_events,
         availability_delay=None if keeps_timestamps else delay,
         every_event=settings.every_event,
+        deletes=settings.deletion_key is not None,
         until_end=settings.until_end,
         unproven_start=settings.unproven_start,
     )

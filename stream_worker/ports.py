@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import InvalidEvent
 from llm4es.events import NO_OFFSETS, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow
@@ -151,7 +152,8 @@ class WindowStore(Protocol):
     `begin` gives a block: leaving it writes the windows, each by compare-and-set on its version,
     then the offsets; an exception inside it writes nothing. Raises Fenced where another worker
     has written a window meanwhile, SinkUnavailable where the store cannot be reached, ConfigError
-    where it is no window store or refuses us.
+    where it is no window store or refuses us. A window that is `deleted` is kept under a keyed
+    hash of its entity's id, and its id nowhere, until the entity has events again.
     """
 
     def begin(
@@ -251,6 +253,14 @@ class FeatureSink(Protocol):
 
     def published(self, topic: str) -> Mapping[TopicPartition, int] | None:
         """Next offsets that rows online stand for; None where the store cannot note any."""
+        ...
+
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Return when no row of these entities at or before `as_of` can be read any more.
+
+        Nor comes one back: `journal` and `publish` leave such rows out from now on, in every
+        process that writes here. A newer row stays. Idempotent. Raises SinkUnavailable.
+        """
         ...
 
     def read(self, entity_ids: Sequence[str]) -> Sequence[FeatureRow | None]:

@@ -70,6 +70,12 @@ class WorkerSettings(BaseSettings):
         SecretStr("sqlite:build/state/windows.db"),
         description="sqlite:PATH for one worker, redis://... for a group",
     )
+    deletion_key: SecretStr | None = Field(
+        None, description="Hashes ids of deleted entities; tombstones are bad records without it"
+    )
+    deletion_guard_s: float = Field(
+        7 * 86_400.0, gt=0, description="How long a deleted entity's timestamp stays online"
+    )
     state_dir: Path = Field(
         Path("build/state"), description="Folder of dead-letters.jsonl, with --source file"
     )

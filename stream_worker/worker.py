@@ -49,6 +49,7 @@ class WorkerPolicy:
     hot_events: int = 100_000  # of the windows that are kept decoded
     availability_delay: timedelta | None = timedelta(0)  # None: the log keeps its own timestamps
     every_event: bool = False
+    deletes: bool = False  # tombstones delete; without a deletion key they are bad records
     until_end: bool = False
     unproven_start: bool = False
 
@@ -77,6 +78,7 @@ class Worker:
             max_value_bytes=policy.max_value_bytes,
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
+            deletes=policy.deletes,
         )
         self._reader = BatchReader(
             parts.bundle,
@@ -147,6 +149,10 @@ class Worker:
         with self._store.begin(self._places.held) as txn:  # raises where it holds less by now
             batch = self._reader.read(records, lambda ids: self._hot.load(ids, txn))
             read_at = time.monotonic()
+            if tombstones := list(batch.folding.tombstones.values()):
+                self._patience.with_(
+                    lambda: self._sink.delete(tombstones)
+                )  # before what came after
             self._patience.with_(lambda: self._sink.journal(batch.rows))
             self._patience.with_(  # 1. publish: offline first, then online
                 lambda: self._sink.publish(

@@ -18,6 +18,7 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from numpy.typing import NDArray
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import SinkRejected, SinkUnavailable
 from llm4es.events import entity_hash
 from llm4es.features import FeatureRow
@@ -43,6 +44,7 @@ _FLOAT_LIST_TAG = Value.DESCRIPTOR.fields_by_name["float_list_val"].number << 3 
 _FLOATS_TAG = 1 << 3 | _LENGTH_DELIMITED  # FloatList.val, packed
 _CONTINUES = 0x80
 _REMEMBERED = 1_000_000  # entities whose newest `as_of` the portable guard keeps
+_Written = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 _OURS = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
 
 
@@ -91,8 +93,16 @@ class OnlineRows(Protocol):
         """What is noted of a topic; None where the store cannot note anything."""
         ...
 
+    def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
+        """Take the values of rows at or before each `as_of`; leave `as_of` as their timestamp.
+
+        It stays for at least `guard_s` seconds, and keeps older rows from being written, be there
+        a row now or not. A newer row stays as it is. Raises SinkUnavailable, SinkRejected.
+        """
+        ...
+
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
-        """Timestamps of the rows that stand, as exact as the store knows them."""
+        """Timestamps of rows that stand or were deleted, as exact as the store knows them."""
         ...
 
     def sync(self) -> None:
@@ -161,7 +171,7 @@ class PortableRows:
         """See OnlineRows."""
         self._meet([row.entity_id for row in rows])
         fresh = [row for row in rows if self._is_newer(row)]
-        data: list[tuple[EntityKey, dict[str, Value], datetime, datetime | None]] = [
+        data: list[_Written] = [
             (
                 self._target.entity_key(row.entity_id),
                 {
@@ -173,22 +183,37 @@ class PortableRows:
             )
             for row in fresh
         ]
+        self._write(data)
         if data:
-            try:
-                self._provider.online_write_batch(
-                    self._target.store.config, self._target.view, data, None
-                )
-            except _OURS as error:
-                raise SinkRejected(f"online store: {error!r}") from error
-            except Exception as error:
-                # Each vendor has errors of its own.
-                raise SinkUnavailable(f"online store: {error!r}") from error
             self._verify(fresh)
         return [row.entity_id for row in rows if row.as_of < self._newest[row.entity_id]]
 
     def marks(self, topic: str) -> Marks | None:  # noqa: ARG002
         """Nothing: see OnlineRows."""
         return None
+
+    def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:  # noqa: ARG002
+        """See OnlineRows. Timestamps stay for good: Feast has no way to take one row out."""
+        self._meet([each.entity_id for each in tombstones])
+        due = [
+            each
+            for each in tombstones
+            if (newest := self._newest.get(each.entity_id)) is None or newest <= each.as_of
+        ]
+        names = [feature.name for feature in self._target.view.features]
+        self._write(
+            [
+                (
+                    self._target.entity_key(each.entity_id),
+                    {name: Value() for name in names},
+                    each.as_of,
+                    None,
+                )
+                for each in due
+            ]
+        )
+        for each in due:
+            self._newest[each.entity_id] = each.as_of
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows."""
@@ -213,6 +238,19 @@ class PortableRows:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _write(self, data: "list[_Written]") -> None:
+        if not data:
+            return
+        try:
+            self._provider.online_write_batch(
+                self._target.store.config, self._target.view, data, None
+            )
+        except _OURS as error:
+            raise SinkRejected(f"online store: {error!r}") from error
+        except Exception as error:
+            # Each vendor has errors of its own.
+            raise SinkUnavailable(f"online store: {error!r}") from error
 
     def _meet(self, entity_ids: Sequence[str]) -> None:
         unknown = [entity_id for entity_id in entity_ids if entity_id not in self._newest]

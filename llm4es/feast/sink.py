@@ -13,9 +13,11 @@ import numpy as np
 from feast import KafkaSource
 
 from llm4es.bundle import Bundle
+from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
 from llm4es.events import EPOCH, NO_OFFSETS, TopicPartition, entity_hash
 from llm4es.feast.definitions import ViewSpec
+from llm4es.feast.deletions import Deletions
 from llm4es.feast.journal import OfflineJournal
 from llm4es.feast.offline_log import log_folder
 from llm4es.feast.online import Marks, OnlineRows, ViewTarget
@@ -25,16 +27,26 @@ from llm4es.features import FeatureRow
 
 __all__ = ["FeastSink", "open_sink"]
 
+_GUARD_S = 7 * 86_400.0
+
 
 class FeastSink:
     """`stream_worker.ports.FeatureSink` over Feast; built by `open_sink`.
 
-    `superseded` counts rows that were not published since a newer one stood.
+    `superseded` counts rows that were not published since a newer one stood, or their entity was
+    deleted later.
     """
 
     def __init__(
-        self, target: ViewTarget, spec: ViewSpec, journal: OfflineJournal, online: OnlineRows
+        self,
+        target: ViewTarget,
+        spec: ViewSpec,
+        journal: OfflineJournal,
+        online: OnlineRows,
+        *,
+        deletion_guard_s: float = _GUARD_S,
     ) -> None:
+        self._guard_s = deletion_guard_s
         self._target = target
         self._bundle_id = spec.manifest.id
         self._dim = spec.manifest.dim
@@ -60,7 +72,7 @@ class FeastSink:
         Readers see them when they are rolled. Raises SinkUnavailable, SinkRejected.
         """
         self._refuse_broken(rows)
-        self._journal.append(rows)
+        self._journal.append(self._journal.kept(rows))
 
     def publish(
         self,
@@ -81,8 +93,10 @@ class FeastSink:
         )
         if times > 1:
             raise SinkRejected(f"entity {entity_hash(entity)} has {times} rows in one call")
+        kept = self._journal.kept(rows)
+        self.superseded += len(rows) - len(kept)
         self._write(
-            rows, held=_by_partition(held), ahead=_by_partition(reached), of=reached or held
+            kept, held=_by_partition(held), ahead=_by_partition(reached), of=reached or held
         )
 
     def republish(
@@ -113,6 +127,18 @@ class FeastSink:
         return {
             TopicPartition(topic, int(name)): at for name, at in found.items() if name.isdecimal()
         }
+
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Return when no row of these entities at or before `as_of` can be read any more.
+
+        See `stream_worker.ports.FeatureSink`. Offline, our own readers leave such rows out until
+        `offline_log.rewrite_deleted` has taken them out of the parts; online, an entity's
+        timestamp stays for `deletion_guard_s`. Raises SinkUnavailable, ConfigError without a key.
+        """
+        if tombstones:
+            self._journal.delete(tombstones)
+            self._online.delete(tombstones, guard_s=self._guard_s)
+            self._online.sync()
 
     def read(self, entity_ids: Sequence[str]) -> list[FeatureRow | None]:
         """Online rows as a stock client sees them; `as_of` as exactly as the store knows it.
@@ -221,11 +247,14 @@ def open_sink(
     writer_id: str,
     roll_rows: int = 20_000,
     roll_s: float = 5.0,
+    deletion_key: DeletionKey | None = None,
+    deletion_guard_s: float = _GUARD_S,
 ) -> FeastSink:
     """Open the feature view of a bundle, as Feast's registry has it, for writing.
 
     `config_file` is relative to the repository. `writer_id` goes into the names of parts.
-    Raises ConfigError (no repository, no such view, a setting that breaks serving),
+    `deletion_key` is needed to delete, and where something was deleted before.
+    Raises ConfigError (no repository, no such view, a setting that breaks serving, another key),
     BundleMismatch (the view is another bundle's), SinkUnavailable.
     """
     target, spec = open_target(repo_path, bundle, config_file)
@@ -236,6 +265,7 @@ def open_sink(
             f"view {target.view.name} has no folder on this machine as its batch source",
             f"define it with a folder, then run: {apply_command(repo_path, config_file)}",
         )
+    deletions = Deletions(folder, deletion_key)
     online = open_rows(target)
     try:
         journal = OfflineJournal(
@@ -244,8 +274,9 @@ def open_sink(
             writer_id=writer_id,
             roll_rows=roll_rows,
             roll_s=roll_s,
+            deletions=deletions,
         )
     except SinkUnavailable:
         online.close()
         raise
-    return FeastSink(target, spec, journal, online)
+    return FeastSink(target, spec, journal, online, deletion_guard_s=deletion_guard_s)

@@ -11,7 +11,7 @@ import pytest
 from dev.servers import RedisServer
 from llm4es.errors import SinkUnavailable
 from stream_worker.window_store.redis import RedisWindowStore
-from tests.faults.worlds import World, assert_equal_to_clean, shop_log
+from tests.faults.worlds import DELETION_KEY, World, assert_equal_to_clean, shop_log
 
 Happening = Callable[[], object]
 
@@ -41,7 +41,7 @@ def losses(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Losses]:
 
 def sqlite_losses(folder: Path) -> Losses:
     world = World(folder, shop_log(3))
-    tables = ("windows", "offsets", "logs", "unproven")
+    tables = ("windows", "offsets", "logs", "unproven", "deleted")
     saved: dict[str, list[tuple[object, ...]]] = {table: [] for table in tables}
 
     def write(content: dict[str, list[tuple[object, ...]]]) -> None:
@@ -63,7 +63,11 @@ def sqlite_losses(folder: Path) -> Losses:
 
 
 def redis_losses(folder: Path, server: RedisServer) -> Losses:
-    world = World(folder, shop_log(3), lambda bundle: RedisWindowStore(server.url, bundle))
+    world = World(
+        folder,
+        shop_log(3),
+        lambda bundle: RedisWindowStore(server.url, bundle, deletion_key=DELETION_KEY),
+    )
     saved: dict[bytes, bytes] = {}
     store = RedisWindowStore(server.url, "aside")
     client: Any = store._client  # noqa: SLF001 - the same Redis, from another connection
