@@ -150,9 +150,8 @@ class Worker:
             batch = self._reader.read(records, lambda ids: self._hot.load(ids, txn))
             read_at = time.monotonic()
             if tombstones := list(batch.folding.tombstones.values()):
-                self._patience.with_(
-                    lambda: self._sink.delete(tombstones)
-                )  # before what came after
+                # before what came after
+                self._patience.with_(lambda: self._sink.delete(tombstones))
             self._patience.with_(lambda: self._sink.journal(batch.rows, _spans(records)))
             self._patience.with_(  # 1. publish: offline first, then online
                 lambda: self._sink.publish(

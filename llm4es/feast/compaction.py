@@ -2,11 +2,13 @@
 
 A merged part is whole and durable before the parts it was made from are taken away. A kill between
 leaves rows in two parts, identically, which readers take once and the next compaction puts right.
+Rows that a tombstone forbids are left out; `rewrite_deleted` takes them out of every part.
 Writers and readers go on meanwhile; readers that find a part gone look again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +20,7 @@ from pyarrow import parquet
 from llm4es.bundle import Bundle
 from llm4es.errors import ConfigError, SinkUnavailable
 from llm4es.feast.definitions import ViewSpec
-from llm4es.feast.deletions import rewriting
+from llm4es.feast.deletions import pending_deletions, rewriting, without_deleted
 from llm4es.feast.offline_log import log_folder
 from llm4es.feast.opening import open_target
 from llm4es.feast.parts import SCHEMA_PART, TIMESTAMP, list_parts, write_parts
@@ -77,8 +79,10 @@ def compact(
         _take_away_torn(folder)
         before = _data_parts(folder)
         bytes_before = sum(part.stat().st_size for part in before)
+        deleted = pending_deletions(folder)
         duplicates = sum(
-            _merge(folder, run, join_key) for run in _runs(folder, before, part_rows=part_rows)
+            _merge(folder, run, join_key, deleted)
+            for run in _runs(folder, before, part_rows=part_rows)
         )
         after = _data_parts(folder)
         return Compaction(
@@ -113,14 +117,19 @@ def _runs(folder: Path, parts: Sequence[Path], *, part_rows: int) -> Iterator[li
             yield run
 
 
-def _merge(folder: Path, run: Sequence[Path], join_key: str) -> int:
+def _merge(
+    folder: Path, run: Sequence[Path], join_key: str, deleted: Mapping[str, datetime]
+) -> int:
     """Write what some parts hold as one per day, then take them away; the rows that stood twice."""
     keys = [join_key, TIMESTAMP]
     tables = [parquet.ParquetFile(part).read() for part in run]
-    table = pa.concat_tables(tables, promote_options="default")
+    every = pa.concat_tables(tables, promote_options="default")
+    table = without_deleted(every, deleted, join_key=join_key, timestamp=TIMESTAMP)
     ordered = table.sort_by([(name, "ascending") for name in keys])
     once = ordered.filter(_first_of_each(ordered, keys))
-    digest = blake2b("\n".join(part.name for part in run).encode(), digest_size=8).hexdigest()
+    # With their number: a compaction that is killed and run again may have more to leave out.
+    named = "\n".join([*(part.name for part in run), str(len(once))])
+    digest = blake2b(named.encode(), digest_size=8).hexdigest()
     stem = f"compact-{digest}"
     write_parts(folder, stem, once)
     for part in run:

@@ -6,7 +6,8 @@
 
 An id stays in `pending` as long as parts may hold rows of it, which `rewrite_deleted` ends; its
 hash stays for good. A part is filtered as it becomes readable, so each row that a tombstone
-forbids is in a part that is older than the tombstone, or in none.
+forbids is in a part that is older than the tombstone, or in none. A reader looks into `pending`
+before it lists parts: one that is rewritten meanwhile is gone then, and the reader looks again.
 """
 
 import fcntl
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llm4es.deletion import HASH_BYTES, DeletionKey, Tombstone
 from llm4es.events import EPOCH
@@ -31,6 +33,9 @@ __all__ = [
     "pending_deletions",
     "rewriting",
     "settle_deletions",
+    "sweep_torn",
+    "without_deleted",
+    "writing",
 ]
 
 _FOLDER = "_deleted"
@@ -124,7 +129,7 @@ class Deletions:
     @contextmanager
     def held_still(self) -> Iterator[None]:
         """Let nobody add while a part is filtered and made readable."""
-        with _locked(self._folder, fcntl.LOCK_SH):
+        with writing(self._log):
             self.refresh()
             yield
 
@@ -143,13 +148,44 @@ def pending_deletions(folder: Path) -> dict[str, datetime]:
     """Ids whose rows up to a moment (UTC) may stand in parts, and must not be read."""
     try:
         lines = (folder / _FOLDER / "pending").read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # no log, or a single file
         return {}
     found: dict[str, datetime] = {}
     for entity_id, microseconds in map(msgspec.json.decode, lines):
         moment = EPOCH + timedelta(microseconds=microseconds)
         found[entity_id] = max(moment, found.get(entity_id, moment))
     return found
+
+
+def without_deleted(
+    table: pa.Table, pending: Mapping[str, datetime], *, join_key: str, timestamp: str
+) -> pa.Table:
+    """Rows of a table that no tombstone forbids, whatever columns it has beside these two."""
+    if not pending:
+        return table
+    ids = pa.array(list(pending), pa.string())
+    until = pa.array(list(pending.values()), pa.timestamp("us", tz="UTC"))
+    deleted = until.take(pc.index_in(table[join_key].combine_chunks(), value_set=ids))
+    forbidden = pc.less_equal(table[timestamp].combine_chunks(), deleted)  # null of others' rows
+    return table.filter(pc.invert(forbidden.fill_null(pa.scalar(value=False))))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Let nobody add a tombstone, nor sweep, while a part is written."""
+    with _locked(folder / _FOLDER, fcntl.LOCK_SH):
+        yield
+
+
+def sweep_torn(folder: Path, *, but: str) -> None:
+    """Remove what killed writers left half written: ids stand in it. `but` begins a name to keep.
+
+    `rewriting` is held.
+    """
+    with _locked(folder / _FOLDER, fcntl.LOCK_EX):
+        for path in folder.rglob(".*.parquet.*.tmp"):
+            if not path.name.startswith(f".{but}"):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

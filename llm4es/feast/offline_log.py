@@ -8,7 +8,7 @@ of the parts by `rewrite_deleted`. A log that is not there yet reads as empty.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 from uuid import uuid4
 
 import ibis
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from feast.data_format import ParquetFormat
@@ -36,17 +35,26 @@ from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import RepoConfig
 from feast.saved_dataset import SavedDatasetStorage
 from feast.type_map import feast_value_type_to_pa
-from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import StrictStr, field_validator
 
 from llm4es.errors import ConfigError
-from llm4es.feast.deletions import Rewritten, pending_deletions, rewriting, settle_deletions
+from llm4es.feast.deletions import (
+    Rewritten,
+    pending_deletions,
+    rewriting,
+    settle_deletions,
+    sweep_torn,
+    without_deleted,
+    writing,
+)
 from llm4es.feast.parts import (
     SCHEMA_PART,
     ensure_log,
     list_parts,
     log_schema,
+    renamed_stem,
+    sync_folder,
     write_part,
     write_parts,
 )
@@ -243,6 +251,7 @@ class LogOfflineStore(DuckDBOfflineStore):
             one_per=join_key_columns,
             order=[f"{quoted(name)} DESC" for name in newest],
             dates=(start_date, end_date),
+            key=next(iter(join_key_columns), ""),
         )
 
     @staticmethod
@@ -271,6 +280,7 @@ class LogOfflineStore(DuckDBOfflineStore):
             one_per=list(identity),
             order=[],
             dates=(start_date, end_date),
+            key=next(iter(join_key_columns), ""),
         )
 
     @staticmethod
@@ -296,7 +306,8 @@ class LogOfflineStore(DuckDBOfflineStore):
         # Timestamps come from pandas in nanoseconds; the log has microseconds.
         rows = table.select(schema.names).cast(schema, safe=False)
         stem = f"part-{now}-push-{uuid4().hex[:8]}"
-        write_parts(folder, stem, rows, timestamp=source.timestamp_field)
+        with writing(folder):
+            write_parts(folder, stem, rows, timestamp=source.timestamp_field)
         if progress:
             progress(len(rows))
 
@@ -390,12 +401,14 @@ def _pull(
     one_per: Sequence[str],
     order: Sequence[str],
     dates: tuple[datetime | None, datetime | None],
+    key: str,
 ) -> RetrievalJob:
     place = parts_folder(config, source)
     join_key = source.tags.get("join_key")
     wanted = [*columns, *filter(None, times)]
 
     def query() -> pa.Table:
+        deleted = pending_deletions(place) if place is not None else {}  # before parts are listed
         files = _files(place) if place is not None else []
         if not files and join_key is not None:
             return log_schema(join_key).empty_table().select(wanted)
@@ -409,44 +422,47 @@ def _pull(
                 timestamp=times[0],
                 since=dates[0],
                 until=dates[1],
-                deleted=(one_per[0], pending_deletions(place)) if place is not None else None,
+                deleted=(key, deleted),
             )
 
     return LogRetrievalJob(query, repo_path=config.repo_path)
 
 
 def rewrite_deleted(folder: Path, *, join_key: str, timestamp_field: str) -> Rewritten:
-    """Take rows that tombstones forbid out of a log's parts, each part at once by rename.
+    """Take rows that tombstones forbid out of a log's parts.
 
-    Readers never see them in between, for until the last part is done they leave them out; then
-    the ids, which are kept for that alone, go as well. Killed, it is run again. Run by one
-    process at a time: another one waits. Journals of writers that live are theirs: a row in one
-    is left out when it is rolled. Raises OSError.
+    What is left of a part is whole and durable under a name of its own before the part goes.
+    Readers never see those rows in between, for until the last part is done they leave them out;
+    then the ids, which are kept for that alone, go as well. Killed, it is run again. Run by one
+    process at a time: another one waits, and so does a compaction. Journals of writers that live
+    are theirs: a row in one is left out when it is rolled. Raises OSError.
     """
+    keys = [join_key, timestamp_field]
     with rewriting(folder):
         pending = pending_deletions(folder)
+        left_out = partial(
+            without_deleted, pending=pending, join_key=join_key, timestamp=timestamp_field
+        )
+        changed: set[Path] = set()
         parts = rows = 0
         for part in list_parts(folder) if pending else ():
-            ids = parquet.read_table(part, columns=[join_key, timestamp_field])
-            kept = _kept(ids, pending)
-            if kept.all():
+            ids = parquet.ParquetFile(part).read(columns=keys)
+            forbidden = len(ids) - len(left_out(ids))
+            if not forbidden:
                 continue
-            write_part(part.parent, part.stem, parquet.read_table(part).filter(pa.array(kept)))
+            kept = left_out(parquet.ParquetFile(part).read())
+            if len(kept):
+                write_part(part.parent, renamed_stem(part.stem, kept, keys), kept)
+            part.unlink()
+            changed.add(part.parent)
             parts += 1
-            rows += int((~kept).sum())
+            rows += forbidden
+        if pending:
+            sweep_torn(folder, but=SCHEMA_PART)
+        for each in changed:  # a part that a power cut brought back would be read again
+            sync_folder(each)
         settle_deletions(folder, pending)
     return Rewritten(entities=len(pending), parts=parts, rows=rows)
-
-
-def _kept(ids: pa.Table, pending: Mapping[str, datetime]) -> NDArray[np.bool_]:
-    """Which rows, of two columns id and timestamp, no tombstone forbids."""
-    return np.array(
-        [
-            (as_of := pending.get(entity_id)) is None or moment > as_of
-            for entity_id, moment in zip(*(c.to_pylist() for c in ids.columns), strict=True)
-        ],
-        dtype=bool,
-    )
 
 
 def _schema_of(view: FeatureView, source: DataSource) -> pa.Schema:

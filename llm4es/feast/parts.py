@@ -7,7 +7,7 @@
 A part's stem names the offsets its rows were made from and hashes their (entity, timestamp)
 pairs, so that an exact replay replaces a part by itself, and anything else stands beside it. Rows
 that stand in two parts are identical: readers take one per (entity, timestamp), compaction leaves
-one.
+one. Under one name there are never other rows, since readers find a row again by its number.
 """
 
 import os
@@ -33,6 +33,7 @@ __all__ = [
     "list_parts",
     "log_schema",
     "part_stem",
+    "renamed_stem",
     "rows_to_batch",
     "sync_folder",
     "write_part",
@@ -114,11 +115,6 @@ def part_stem(table: pa.Table, keys: Sequence[str], spans: OffsetSpans, default:
     """
     if not spans:
         return default
-    digest = blake2b(digest_size=_DIGEST_BYTES)
-    for name in keys:
-        for chunk in table[name].chunks:
-            for value in chunk.cast(pa.string() if name != TIMESTAMP else pa.int64()).to_pylist():
-                digest.update(f"{value}\n".encode())
     named = [
         f"{tp.partition}.{first:012d}-{upto:012d}" for tp, (first, upto) in sorted(spans.items())
     ]
@@ -126,7 +122,12 @@ def part_stem(table: pa.Table, keys: Sequence[str], spans: OffsetSpans, default:
     if len(named) > _NAMED_SPANS:
         hashed = blake2b(" ".join(named).encode(), digest_size=_DIGEST_BYTES).hexdigest()
         named = [f"{len(named)}-partitions-{hashed}"]
-    return f"{topics}-{'+'.join(named)}-{digest.hexdigest()}"
+    return f"{topics}-{'+'.join(named)}-{_digest(table, keys)}"
+
+
+def renamed_stem(stem: str, table: pa.Table, keys: Sequence[str]) -> str:
+    """Name what is left of a part: after the rows that it holds now."""
+    return f"{stem.rpartition('-')[0] or stem}-{_digest(table, keys)}"
 
 
 def write_parts(folder: Path, stem: str, table: pa.Table, *, timestamp: str = TIMESTAMP) -> None:
@@ -182,6 +183,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest(table: pa.Table, keys: Sequence[str]) -> str:
+    digest = blake2b(digest_size=_DIGEST_BYTES)
+    for name in keys:
+        moments = pa.types.is_timestamp(table.schema.field(name).type)
+        for chunk in table[name].chunks:
+            for value in chunk.cast(pa.int64() if moments else pa.string()).to_pylist():
+                digest.update(f"{value}\n".encode())
+    return digest.hexdigest()
 
 
 def _is_within(path: Path, since: datetime | None, until: datetime | None) -> bool:

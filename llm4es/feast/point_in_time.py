@@ -118,13 +118,14 @@ def join(connection: duckdb.DuckDBPyConnection, asked: Asked, table: PartsTable)
 
     Raises ConfigError where a key's type is not the log's.
     """
+    deleted = table.deleted()  # before parts are listed, see `deletions`
     files = table.list_files()
     if not files:
         return table.nothing(len(asked.table))
     source = read_files(files)
     connection.register("asked", asked.table)
     _refuse_other_keys(connection, asked, table, source)
-    kept = _kept(connection, source, next(iter(table.keys), ""), table.timestamp, table.deleted())
+    kept = _kept(connection, source, next(iter(table.keys), ""), table.timestamp, deleted)
     connection.execute(f"CREATE OR REPLACE TEMP TABLE matched AS {_matching(table, kept)}")
     named = "".join(
         f", payload.{quoted(name)} AS {quoted(called)}" for name, called in table.features.items()
@@ -183,9 +184,9 @@ def read_files(files: Sequence[Path]) -> str:
 
 
 def retrying(work: Callable[[], _T]) -> _T:
-    """Do it again where compaction took a part away between looking and reading."""
+    """Do it again where a part was merged or rewritten between looking and reading."""
     for _ in range(_RETRIES):
-        with suppress(duckdb.IOException):
+        with suppress(duckdb.IOException, FileNotFoundError):
             return work()
     return work()
 

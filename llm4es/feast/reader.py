@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from feast import FeatureStore
 from pyarrow import parquet
 
 from llm4es.errors import ConfigError
 from llm4es.feast.definitions import TIMESTAMP_FIELD, join_key_of
-from llm4es.feast.deletions import pending_deletions
+from llm4es.feast.deletions import pending_deletions, without_deleted
 from llm4es.feast.offline_log import log_folder
 from llm4es.feast.parts import list_parts, log_schema
+from llm4es.feast.point_in_time import retrying
 from llm4es.feast.services import served_view
 
 __all__ = ["read_as_of"]
@@ -52,7 +52,8 @@ def read_as_of(store: FeatureStore, entity: str) -> pd.DataFrame:
             "read where the log stands, or mount its folder here",
         )
     join_key = join_key_of(entity)
-    found = _read_columns(folder, join_key, [join_key, _EVENT_ID, TIMESTAMP_FIELD])
+    columns = [join_key, _EVENT_ID, TIMESTAMP_FIELD]
+    found = retrying(lambda: _read_columns(folder, join_key, columns))
     earliest = (
         found.group_by([join_key, _EVENT_ID])
         .aggregate([(TIMESTAMP_FIELD, "min")])
@@ -65,10 +66,7 @@ def read_as_of(store: FeatureStore, entity: str) -> pd.DataFrame:
 
 
 def _read_columns(folder: Path, join_key: str, columns: list[str]) -> pa.Table:
+    pending = pending_deletions(folder)  # before parts are listed, see `deletions`
     parts = [parquet.read_table(part, columns=columns) for part in list_parts(folder)]
     rows = pa.concat_tables([log_schema(join_key).empty_table().select(columns), *parts])
-    pending = pending_deletions(folder)
-    for entity_id, as_of in pending.items():
-        gone = (pc.field(join_key) == entity_id) & (pc.field(TIMESTAMP_FIELD) <= as_of)
-        rows = rows.filter(~gone)
-    return rows
+    return without_deleted(rows, pending, join_key=join_key, timestamp=TIMESTAMP_FIELD)

@@ -16,6 +16,7 @@ from feast import FeatureStore
 from redis import Redis
 
 from dev.servers import RedisServer
+from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
 from llm4es.feast import (
     EmbeddingReader,
@@ -55,7 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) -
     spec = make_spec(folder / "bundle")
     repo = make_repo(folder / "repo", redis_url=redis_server.address)
     stock = apply(repo, spec, ttl=TTL)
-    sink = open_sink(repo, spec, writer_id="w")
+    sink = open_sink(repo, spec, writer_id="w", deletion_key=DeletionKey("a key of tests alone"))
     opened = open_embedding_reader(repo, "customer")
     now = [NOON]
     opened._clock = lambda: now[0].timestamp()  # noqa: SLF001, PLW0108 - `now` changes
@@ -142,6 +143,26 @@ def test_it_says_what_is_missing_expired_and_stale(world: World, read: Read, uni
     assert np.isnat(found.as_of[3])
     assert not np.isnan(found.vectors[:3]).any()
     assert found.usable.tolist() == [True, False, False, False]
+
+
+def test_a_deleted_entity_is_missing_until_it_has_events_again(
+    world: World, read: Read, unique: str, redis_server: RedisServer
+) -> None:
+    ids = [f"{unique}-gone", f"{unique}-stays"]
+    world.sink.publish([row(world.spec, each) for each in ids])
+    world.sink.delete([Tombstone(entity_id=ids[0], as_of=NOON)])
+    with Redis.from_url(redis_server.url) as raw:
+        (key,) = raw.keys(f"*{ids[0]}*")
+        assert list(raw.hkeys(key)) == [world.reader._fields[0]]  # the timestamp stays, alone
+    found = read(ids, seen=["e1", None])
+    assert [Status(each).name for each in found.status] == ["MISSING", "PRESENT"]
+    assert np.isnan(found.vectors[0]).all()
+    assert np.isnan(found.surprise_last[0])
+    assert np.isnan(found.age_s[0])
+    assert np.isnat(found.as_of[0])
+    assert (found.last_event_ids[0], found.bundle_ids[0]) == ("", "")
+    world.sink.publish([row(world.spec, ids[0], as_of=NOON + MICROSECOND)])
+    assert read(ids).usable.all()
 
 
 def test_it_waits_until_the_row_has_seen_the_event(world: World, read: Read, unique: str) -> None:
