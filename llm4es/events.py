@@ -28,6 +28,7 @@ __all__ = [
     "Event",
     "EventKey",
     "FieldValue",
+    "Origin",
     "Record",
     "TopicPartition",
     "coordinates_id",
@@ -35,6 +36,8 @@ __all__ = [
     "entity_hash",
     "entity_id_of",
     "entity_id_of_key",
+    "origin_headers",
+    "origin_of",
     "parse_document",
     "parse_event",
 ]
@@ -49,6 +52,7 @@ EARLIEST_TIME = datetime(1678, 1, 1, tzinfo=UTC)
 LATEST_TIME = datetime(2262, 1, 1, tzinfo=UTC)
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # integers that a stored window holds
 _MAX_ID_LENGTH = 512
+_ORIGIN = "llm4es.origin."
 _NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 
 
@@ -77,6 +81,15 @@ class Record:
         return TopicPartition(self.topic, self.partition)
 
 
+class Origin(NamedTuple):
+    """Where a record stood first, and when that log got it: identity and time of what it says."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: datetime | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One user action, validated; nothing downstream re-checks it."""
@@ -96,6 +109,47 @@ class Event:
 def coordinates_id(topic: str, partition: int, offset: int) -> str:
     """Name an event by its record; padded, so that text order is the order of the numbers."""
     return f"{topic}/{partition:010d}/{offset:019d}"
+
+
+def origin_of(record: Record) -> Origin:
+    """Read the origin that `repartition` noted in a record's headers; else the record itself is.
+
+    Raises InvalidEvent for headers that are not as `origin_headers` writes them.
+    """
+    found = {
+        name.removeprefix(_ORIGIN): value
+        for name, value in record.headers
+        if name.startswith(_ORIGIN)
+    }
+    if not found:
+        return Origin(record.topic, record.partition, record.offset, record.timestamp)
+    try:
+        texts = {name: (value or b"").decode() for name, value in found.items()}
+        timestamp = texts.get("timestamp_us")
+        return Origin(
+            texts["topic"],
+            int(texts["partition"]),
+            int(texts["offset"]),
+            None if timestamp is None else EPOCH + timedelta(microseconds=int(timestamp)),
+        )
+    except (KeyError, ValueError, OverflowError) as error:
+        raise InvalidEvent(
+            "headers", f"{_ORIGIN}* are not as repartition writes them ({error!r})"
+        ) from error
+
+
+def origin_headers(record: Record) -> list[tuple[str, bytes]]:
+    """Note a record's origin for the copies of it; none where it has one noted already."""
+    if any(name.startswith(_ORIGIN) for name, _ in record.headers):
+        return []
+    noted = {
+        "topic": record.topic,
+        "partition": str(record.partition),
+        "offset": str(record.offset),
+    }
+    if record.timestamp is not None:
+        noted["timestamp_us"] = str((record.timestamp - EPOCH) // timedelta(microseconds=1))
+    return [(_ORIGIN + name, text.encode()) for name, text in noted.items()]
 
 
 def entity_hash(entity_id: str) -> str:

@@ -13,6 +13,7 @@ from llm4es.deletion import DeletionKey
 from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
+from stream_worker.connections import kafka_settings
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
 from stream_worker.log_checks import (
     refuse_changed_log,
@@ -24,7 +25,6 @@ from stream_worker.ports import DeadLetters, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
-from stream_worker.sources.kafka_client import KafkaSettings
 from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
@@ -135,7 +135,7 @@ def _open_log(
         stack.callback(source.close)
         stack.callback(letters.close)
         return source, letters
-    kafka = KafkaSettings(bootstrap_servers=settings.bootstrap_servers or sink.bootstrap_servers)
+    kafka = kafka_settings(settings, settings.bootstrap_servers or sink.bootstrap_servers)
     topic = settings.topic or sink.topic
     group = KafkaGroup(
         settings.group or f"llm4es-{bundle.manifest.entity}-{bundle.id}",

@@ -14,6 +14,7 @@ from llm4es.events import (
     TopicPartition,
     coordinates_id,
     entity_id_of_key,
+    origin_of,
     parse_event,
 )
 from llm4es.windows import Outcome, Window, bury, fold
@@ -169,15 +170,16 @@ class RecordFolder:
             record.value,
             self._bundle.schema,
             entity=self._bundle.manifest.entity,
-            coordinates=coordinates_id(record.topic, record.partition, record.offset),
+            coordinates=coordinates_id(*origin_of(record)[:3]),
         )
         if record.key != event.entity_id.encode():
             raise InvalidEvent("key", "is not the entity's id in UTF-8")
         return event
 
     def _recorded_at(self, record: Record, event: Event | None) -> datetime:
-        if record.timestamp is not None:
-            return record.timestamp
+        timestamp = origin_of(record).timestamp
+        if timestamp is not None:
+            return timestamp
         if self._availability_delay is None or event is None:
             raise InvalidEvent("timestamp", "the record has none, or one that is no time")
         return event.occurred_at + self._availability_delay

@@ -14,6 +14,8 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError
 
+from stream_worker.sources.kafka_security import Mechanism, Protocol
+
 __all__ = ["ENV_PREFIX", "SettingsProblem", "WorkerSettings", "load_settings"]
 
 ENV_PREFIX = "LLM4ES_"
@@ -45,6 +47,16 @@ class WorkerSettings(BaseSettings):
     bootstrap_servers: str | None = Field(
         None, description="Kafka's brokers; the feature view's source names them by default"
     )
+    security_protocol: Protocol = Field("PLAINTEXT", description="How Kafka is spoken to")
+    sasl_mechanism: Mechanism | None = Field(None, description="How we say who we are to Kafka")
+    sasl_username: str | None = Field(None, description="Who we are to Kafka")
+    sasl_password: SecretStr | None = Field(None, description="Kafka's password of sasl_username")
+    ssl_ca_file: Path | None = Field(
+        None, description="PEM file that vouches for Kafka [default: the system's authorities]"
+    )
+    ssl_cert_file: Path | None = Field(None, description="PEM file of our certificate for Kafka")
+    ssl_key_file: Path | None = Field(None, description="PEM file of its key")
+    ssl_key_password: SecretStr | None = Field(None, description="What ssl_key_file is locked with")
     topic: str | None = Field(
         None, description="Topic of events; the feature view's source names it by default"
     )
