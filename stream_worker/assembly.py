@@ -13,8 +13,9 @@ from llm4es.deletion import DeletionKey
 from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
-from stream_worker.connections import kafka_settings
+from stream_worker.connections import kafka_settings, value_format
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
+from stream_worker.formats.decoding import Decode, ValueFormat, open_decoder
 from stream_worker.log_checks import (
     refuse_changed_log,
     refuse_foreign_keys,
@@ -68,7 +69,8 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
         store = open_window_store(settings, bundle)
         stack.callback(store.close)
         source, dead_letters = _open_log(settings, bundle, sink, stack)
-        _refuse_unfit_log(source, store, bundle)
+        decode = open_decoder(_value_format(settings, sink))
+        _refuse_unfit_log(source, store, bundle, decode)
         embedder = open_embedder(bundle, device=settings.device, threads=settings.threads)
         log.info(
             "bundle %s (%d dimensions) for %s on %s",
@@ -85,6 +87,7 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
             sink=sink,
             dead_letters=dead_letters,
             metrics=Metrics(),
+            decode=decode,
         )
         if settings.metrics_port is not None:
             parts.metrics.serve(settings.metrics_port)
@@ -153,12 +156,20 @@ def _open_log(
     return source, letters
 
 
-def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) -> None:
+def _value_format(settings: WorkerSettings, sink: FeastSink) -> ValueFormat:
+    if settings.source == "file":  # its lines are JSON, and its columns are made so
+        return ValueFormat(max_depth=settings.max_json_depth)
+    return value_format(settings, *sink.value_format)
+
+
+def _refuse_unfit_log(
+    source: RecordSource, store: WindowStore, bundle: Bundle, decode: Decode
+) -> None:
     description = source.describe()
     topic = description.identity.topic
     refuse_other_topic(topic, store.topics())
     refuse_changed_log(description, store.identity(topic))
-    refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
+    refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity, decode)
 
 
 def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:

@@ -13,11 +13,13 @@ from llm4es.events import (
     Record,
     TopicPartition,
     coordinates_id,
+    decode_object,
     entity_id_of_key,
     origin_of,
-    parse_event,
+    parse_document,
 )
 from llm4es.windows import Outcome, Window, bury, fold
+from stream_worker.formats.decoding import Decode
 from stream_worker.ports import DeadLetter
 
 __all__ = ["Coordinates", "Folding", "RecordFolder", "coordinates_of"]
@@ -76,12 +78,14 @@ class RecordFolder:
         availability_delay: timedelta | None,
         every_event: bool,
         deletes: bool = False,
+        decode: Decode = decode_object,
     ) -> None:
         self._bundle = bundle
         self._max_value_bytes = max_value_bytes
         self._availability_delay = availability_delay
         self._every_event = every_event
         self._deletes = deletes
+        self._decode = decode
 
     def fold(
         self,
@@ -166,8 +170,8 @@ class RecordFolder:
             raise InvalidEvent(
                 "value", f"{len(record.value)} bytes, max_value_bytes is {self._max_value_bytes}"
             )
-        event = parse_event(
-            record.value,
+        event = parse_document(
+            self._decode(record.value),
             self._bundle.schema,
             entity=self._bundle.manifest.entity,
             coordinates=coordinates_id(*origin_of(record)[:3]),

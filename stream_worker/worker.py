@@ -16,10 +16,11 @@ from llm4es.errors import (
     SourceUnavailable,
     StoreLost,
 )
-from llm4es.events import Record, TopicPartition
+from llm4es.events import Record, TopicPartition, decode_object
 from llm4es.features import FeatureRow, feature_row
 from llm4es.windows import Window, settle
 from stream_worker.folding import Coordinates, Folding, RecordFolder, coordinates_of
+from stream_worker.formats.decoding import Decode
 from stream_worker.log_checks import refuse_changed_log, refuse_other_topic, start_positions
 from stream_worker.metrics import Metrics
 from stream_worker.ports import (
@@ -47,6 +48,7 @@ class Parts:
     sink: FeatureSink
     dead_letters: DeadLetters
     metrics: Metrics
+    decode: Decode = decode_object  # values of records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,7 @@ class Worker:
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
             deletes=policy.deletes,
+            decode=parts.decode,
         )
         self._held: dict[TopicPartition, int] = {}  # next offsets that the store has shown
         self._unproven: set[tuple[str | None, int | None]] = set()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from feast import Entity, FeatureService, Field, FileSource, KafkaSource, StreamFeatureView
-from feast.data_format import JsonFormat, ParquetFormat
+from feast.data_format import JsonFormat, ParquetFormat, StreamFormat
 from feast.types import Array, FeastType, Float32, Int64, String, UnixTimestamp
 from feast.value_type import ValueType
 from pydantic import ValidationError
@@ -116,13 +116,16 @@ def define(
     offline_path: str,
     watermark_s: float,
     ttl: timedelta | None = None,
+    message_format: StreamFormat | None = None,
 ) -> Definitions:
     """Define entity, source, view and service of one bundle.
 
     `offline_path` is the folder under which the view's offline log stands, one folder per view;
     a relative one is relative to the feature repository, wherever a reader runs. `watermark_s`
     is how late an event may come. `ttl` bounds point-in-time joins; without it rows are valid
-    for ever. Online, Feast enforces none.
+    for ever. Online, Feast enforces none. `message_format` is how values of the topic are written,
+    as the worker reads them: JSON by default, `AvroFormat(schema_json=...)`, or `ProtoFormat` with
+    the full name of a message as its class path.
 
     Applied by `FeatureStore.apply`, a bundle's view stands beside those of others, and the service
     moves to it. The command `feast apply` also takes away what its repository no longer defines,
@@ -151,7 +154,7 @@ def define(
         kafka_bootstrap_servers=bootstrap_servers,
         topic=topic,
         timestamp_field=TIMESTAMP_FIELD,
-        message_format=JsonFormat(schema_json=_format_of(spec.schema)),
+        message_format=message_format or JsonFormat(schema_json=_format_of(spec.schema)),
         watermark_delay_threshold=timedelta(seconds=watermark_s),
         batch_source=log,
         description=f"Events of {manifest.entity}s, keyed by {manifest.entity}",

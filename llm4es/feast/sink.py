@@ -7,9 +7,11 @@ length; so everything is checked here, when the sink is opened and for each row.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from feast import KafkaSource
+from feast.data_format import AvroFormat, ProtoFormat
 
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
@@ -64,6 +66,17 @@ class FeastSink:
     def bootstrap_servers(self) -> str:
         """Brokers of the view's stream source. Raises ConfigError where it has none."""
         return self._stream("kafka_bootstrap_servers")
+
+    @property
+    def value_format(self) -> tuple[Literal["json", "avro", "protobuf"], str | None]:
+        """Format of the stream source's values, and Avro's schema or Protobuf's message."""
+        source = self._target.view.stream_source
+        form = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
+        if isinstance(form, AvroFormat):
+            return "avro", form.schema_json or None
+        if isinstance(form, ProtoFormat):
+            return "protobuf", form.class_path or None
+        return "json", None
 
     def journal(self, rows: Sequence[FeatureRow]) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.

@@ -22,6 +22,7 @@ from llm4es.errors import (
 )
 from llm4es.events import Record, decode_object, entity_id_of, origin_headers
 from stream_worker.dead_letters import KafkaDeadLetters
+from stream_worker.formats.decoding import Decode
 from stream_worker.ops.merging import MergedRecords, next_offsets
 from stream_worker.ports import DeadLetter
 from stream_worker.sources.kafka_client import (
@@ -75,9 +76,12 @@ class Repartition:
     the entity, and a tombstone (of the sources' entity) concern nobody here.
     """
 
-    def __init__(self, kafka: KafkaSettings, spec: RepartitionSpec) -> None:
+    def __init__(
+        self, kafka: KafkaSettings, spec: RepartitionSpec, decode: Decode = decode_object
+    ) -> None:
         self._kafka = kafka
         self._spec = spec
+        self._decode = decode
         self._stopping = False
         self.counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
         self._refuse_unfit_topics()
@@ -193,7 +197,7 @@ class Repartition:
                 without += 1
                 continue
             try:
-                document = decode_object(record.value)
+                document = self._decode(record.value)
                 if document.get(field) is None:
                     without += 1
                 else:

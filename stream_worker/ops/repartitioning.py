@@ -10,7 +10,8 @@ from rich.table import Table
 
 from llm4es.errors import ConfigError
 from llm4es.schema import load_schema
-from stream_worker.connections import kafka_settings
+from stream_worker.connections import kafka_settings, value_format
+from stream_worker.formats.decoding import open_decoder
 from stream_worker.ops.repartition import Repartition, RepartitionSpec
 from stream_worker.settings import WorkerSettings
 from stream_worker.stopping import stopping_on_signals
@@ -45,6 +46,7 @@ def run_repartition(
             max_records=settings.max_records,
             unproven_start=settings.unproven_start,
         ),
+        open_decoder(value_format(settings)),
     )
     log.info("ready")
     with stopping_on_signals(job.stop):

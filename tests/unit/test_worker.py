@@ -20,7 +20,13 @@ from llm4es.errors import (
     SinkUnavailable,
     SourceUnavailable,
 )
-from llm4es.events import Record, TopicPartition, coordinates_id, origin_headers
+from llm4es.events import (
+    Record,
+    TopicPartition,
+    coordinates_id,
+    decode_object,
+    origin_headers,
+)
 from llm4es.features import FeatureRow
 from llm4es.testing import (
     Interrupted,
@@ -32,6 +38,7 @@ from llm4es.testing import (
 )
 from llm4es.windows import Window, WindowPolicy
 from stream_worker.dead_letters import FileDeadLetters
+from stream_worker.formats.decoding import Decode
 from stream_worker.metrics import Metrics, Summary
 from stream_worker.ports import LogDescription, LogIdentity, PartitionSpan
 from stream_worker.window_store.codec import encode_window
@@ -67,6 +74,7 @@ class Shop:
     happenings: dict[str, Happenings] = field(default_factory=dict)  # before "part.method"
     topic: str = "shop"
     deletion_key: DeletionKey | None = None
+    decode: Decode = decode_object
     first: int = 0  # offset at which partition 0 begins
 
     def work(
@@ -89,6 +97,7 @@ class Shop:
             sink=self.interrupted("sink", self.sink),
             dead_letters=self.interrupted("letters", letters),
             metrics=self.metrics,
+            decode=self.decode,
         )
         worker = Worker(parts, WorkerPolicy(**{"until_end": True, **policy}))
         try:
@@ -614,3 +623,20 @@ def test_headers_that_no_repartition_wrote_make_a_bad_record(tmp_path: Path) -> 
     shop.work()
     assert {letter["field"] for letter in shop.dead().values()} == {"headers"}
     assert shop.sink.online["c1"].event_count == 1
+
+
+def test_a_schema_registry_that_is_away_is_waited_for_and_nothing_is_parked(
+    tmp_path: Path,
+) -> None:
+    away = iter([SourceUnavailable("the registry is away", retry_after_s=0.0)] * 3)
+
+    def decode(value: bytes) -> dict[str, Any]:
+        for error in away:
+            raise error
+        return decode_object(value)
+
+    shop = Shop(tmp_path, payments(3), decode=decode)
+    summary = shop.work()
+    assert shop.sink.online["c1"].event_count == 3
+    assert summary.dead_letters == {}
+    assert shop.metrics.registry.get_sample_value("llm4es_retries_total") == 3
