@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from export.labels import (
     Splits,
     Task,
     drawn_splits,
+    read_entity_ids,
     read_task,
     shuffle_labels,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Evaluated",
     "Request",
     "Score",
+    "View",
     "evaluate",
     "shuffled_aucs",
     "summary",
@@ -62,20 +64,34 @@ _SHUFFLES = 5
 _SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # of the training entities
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """Another entity's bundle and log; its id stands in the labels beside the first one's."""
+
+    bundle: Path
+    events: Path
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to evaluate, on what, and how hard to look."""
+    """What to evaluate, on what, and how hard to look.
+
+    `beside` are views of other entities, judged alone and together with the first. `choices` are
+    the names of the features that are scored; all, without it.
+    """
 
     bundle: Path
     events: Path
     labels: Path
     columns: LabelColumns
+    beside: tuple[View, ...] = ()
     kind: Kind | None = None
     inclusive: bool = False
     test_from: datetime | None = None
     folds: int = 5
     repeats: int = 0
     scorers: tuple[ScorerName, ...] = ("lightgbm", "logistic")
+    choices: tuple[str, ...] | None = None
     coles: bool = False
     resamples: int = 1000
     seed: int = 42
@@ -130,11 +146,11 @@ class Evaluated:
     sizes: Mapping[str, tuple[tuple[int, float], ...]]  # training entities -> ROC-AUC
     seconds: float
 
-    def best(self, features: str) -> Score:
-        """Give the better scorer's result for a choice of features."""
+    def best(self, features: str, *, by: Literal["auc", "ap"] = "auc") -> Score:
+        """Give the better scorer's result for a choice of features, by ROC-AUC or precision."""
         return max(
             (score for score in self.scores if score.features == features),
-            key=lambda score: score.roc_auc.mean,
+            key=lambda score: (score.roc_auc if by == "auc" else score.average_precision).mean,
         )
 
     @property
@@ -151,31 +167,17 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
     started = time.monotonic()
     if request.coles:
         import export.coles  # noqa: F401, PLC0415 - refuses now where the extra is not installed
-    bundle = load_bundle(request.bundle)
-    entity = bundle.manifest.entity
-    with console.status(f"reading {request.events.name}"):
-        log = read_log(request.events, bundle.schema, entity=entity)
-        task = read_task(
-            request.labels,
-            request.columns,
-            entity_field=bundle.schema.entity(entity).field,
-            kind=request.kind,
-            inclusive=request.inclusive,
-            folds=request.folds,
-            seed=request.seed,
-            test_from=request.test_from,
-        )
+    scene = _scene(request, console)
+    task = scene.task
     if request.repeats and len(task.splits.pairs) == 1:
         raise ConfigError(
             "repeats", "a split by time has nothing to reshuffle", "leave it out, or use folds"
         )
-    end = max(history[-1].occurred_at for history in log.histories.values())
-    scene = Scene(
-        bundle, log, task, task.asked(end), request.seed if request.coles else None, console
-    )
     found = embed_rows(scene, embed)
     terms = term_rows(scene)
-    choices = build_choices(scene, found, terms)
+    others = [_seen_beside(request, view, task, console) for view in request.beside]
+    beside = {other.bundle.manifest.entity: embed_rows(other, embed) for other in others}
+    choices = build_choices(scene, found, terms, beside)
     judge = Judge(task, task.splits, resamples=request.resamples)
     repeats = [
         drawn_splits(task, folds=request.folds, seed=seed) for seed in range(request.repeats)
@@ -183,6 +185,7 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
     scores = [
         _score(scene, features, scorer, (judge, repeats), threads=request.threads)
         for features in choices
+        if request.choices is None or features.name in request.choices
         for scorer in request.scorers
         if scorer == "logistic" or not features.sparse
     ]
@@ -195,8 +198,8 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
             for name in (EMBEDDING, AGGREGATES)
         }
     return Evaluated(
-        bundle=bundle,
-        log=log,
+        bundle=scene.bundle,
+        log=scene.log,
         task=task,
         asked=scene.asked,
         embeddings=found,
@@ -262,6 +265,41 @@ def summary(evaluated: Evaluated) -> dict[str, Any]:
         },
         "seconds": round(evaluated.seconds, 1),
     }
+
+
+def _scene(request: Request, console: Console) -> Scene:
+    bundle = load_bundle(request.bundle)
+    entity = bundle.manifest.entity
+    with console.status(f"reading {request.events.name}"):
+        log = read_log(request.events, bundle.schema, entity=entity)
+        task = read_task(
+            request.labels,
+            request.columns,
+            entity_field=bundle.schema.entity(entity).field,
+            kind=request.kind,
+            inclusive=request.inclusive,
+            folds=request.folds,
+            seed=request.seed,
+            test_from=request.test_from,
+        )
+    seed = request.seed if request.coles else None
+    return Scene(bundle, log, task, task.asked(_end(log)), seed, console)
+
+
+def _seen_beside(request: Request, view: View, task: Task, console: Console) -> Scene:
+    """Give the same label rows, as another entity's log sees them."""
+    bundle = load_bundle(view.bundle)
+    entity = bundle.manifest.entity
+    with console.status(f"reading {view.events.name}"):
+        log = read_log(view.events, bundle.schema, entity=entity)
+        field = bundle.schema.entity(entity).field
+        rows = read_entity_ids(request.labels, request.columns, field)
+    seen = replace(task, entity_ids=rows)
+    return Scene(bundle, log, seen, seen.asked(_end(log)), None, console)
+
+
+def _end(log: EventLog) -> datetime:
+    return max(history[-1].occurred_at for history in log.histories.values())
 
 
 def _score(

@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, field_serializer, field_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -55,13 +55,25 @@ class Pooling(FrozenModel):
     """How a token's hidden states become the vector.
 
     `layers` index the hidden states: 0 is the token embedding, the last is post-norm. `scales`
-    are half-lives in events; infinity, written "inf", is the paper's plain mean.
+    are half-lives in events; infinity, written "inf", is the paper's plain mean. `tokens` are
+    pooled: all of an event's, or its last alone ("ends"; a scale of 0.01 leaves the newest
+    event's last token). `pool_header` counts the header's tokens once, at the scale infinity, as
+    the paper does.
     """
 
     layers: tuple[int, ...] = Field(min_length=1)
     combine: Literal["average", "side_by_side"] = "side_by_side"
     normalise: Literal["none", "rms"] = "rms"
     scales: tuple[float, ...] = Field(min_length=1)
+    tokens: Literal["all", "ends"] = "all"
+    pool_header: bool = False
+
+    @model_validator(mode="after")
+    def _header_has_a_place(self) -> Self:
+        if self.pool_header and not any(np.isinf(self.scales)):
+            msg = "pool_header counts at the scale inf: name it among the scales"
+            raise ValueError(msg)
+        return self
 
     @field_validator("scales")
     @classmethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -25,6 +25,7 @@ __all__ = [
     "EARLIEST_TIME",
     "EPOCH",
     "LATEST_TIME",
+    "NO_OFFSETS",
     "Event",
     "EventKey",
     "FieldValue",
@@ -62,6 +63,9 @@ class TopicPartition(NamedTuple):
 
     topic: str
     partition: int
+
+
+NO_OFFSETS: Final[Mapping[TopicPartition, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

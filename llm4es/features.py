@@ -21,6 +21,8 @@ __all__ = [
     "view_name",
 ]
 
+HEADER_STATES = "header.states"  # (state_dim,) summed over the header's tokens
+HEADER_TOKENS = "header.tokens"  # (1,) how many they are
 PROJECTION_MEAN = "projection.mean"
 PROJECTION_MATRIX = "projection.matrix"
 
@@ -66,6 +68,7 @@ class SumsLayout:
         manifest = bundle.manifest
         self._bundle = bundle
         self.scales = np.array(manifest.pooling.scales)
+        self.ends_only = manifest.pooling.tokens == "ends"
         self.state_dim = manifest.pooling.state_dim(manifest.hidden_size)
         self.tracks = SurpriseTracks(bundle.schema, bundle.renderer)
         count = len(self.scales)
@@ -125,6 +128,8 @@ class SumsLayout:
     def finish(self, sums: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Sums over weights, scale by scale: the vector (dim,) and the surprise (columns,)."""
         states, weights, surprise, presence = np.split(sums, self._ends[:-1])
+        if self._bundle.manifest.pooling.pool_header:
+            states, weights = self._with_header(states, weights)
         vector = (states.reshape(self._states) / weights[:, None]).ravel()
         if self._bundle.manifest.projected:
             arrays = self._bundle.arrays
@@ -139,18 +144,32 @@ class SumsLayout:
         )
         return vector.astype(np.float32), means.ravel().astype(np.float32)
 
+    def _with_header(
+        self, states: NDArray[np.float64], weights: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        plain = np.isinf(self.scales)
+        arrays = self._bundle.arrays
+        return (
+            states.reshape(self._states) + plain[:, None] * arrays[HEADER_STATES],
+            weights + plain * arrays[HEADER_TOKENS],
+        )
+
 
 def token_weights(
     layout: SumsLayout, token_events: NDArray[np.int64], prefix_events: Sequence[int]
 ) -> NDArray[np.float64]:
     """Weights (prefixes, S, T) of a chapter's tokens as its first n events see them.
 
-    A token that comes after the prefix weighs nothing: with a causal model the states before it
+    Where the bundle pools the ends of events, all other tokens weigh nothing. A token that comes
+    after the prefix weighs nothing: with a causal model the states before it
     are what they would be without it, so one pass gives the sums after each of its events.
     """
     after = np.asarray(prefix_events)[:, None, None] - 1 - token_events[None, None, :]
+    pooled = after >= 0
+    if layout.ends_only:
+        pooled &= np.append(token_events[1:] != token_events[:-1], True)
     weights: NDArray[np.float64] = np.where(
-        after >= 0, np.exp2(-np.maximum(after, 0) / layout.scales[None, :, None]), 0.0
+        pooled, np.exp2(-np.maximum(after, 0) / layout.scales[None, :, None]), 0.0
     )
     return weights
 

@@ -112,6 +112,18 @@ class WorkerSettings(BaseSettings):
     )
 
     max_records: int = Field(512, ge=1, description="Records of one batch at most")
+    max_batch_tokens: int = Field(
+        65_536, ge=1, description="Tokens given to the model at once at most"
+    )
+    drain_timeout_ms: int = Field(
+        10_000, ge=1, description="Longest time a batch holds up a rebalance of the group"
+    )
+    sink_retry_ms: int = Field(
+        5_000, ge=0, description="How long a sink that is away is tried before a batch is read anew"
+    )
+    hot_window_events: int = Field(
+        100_000, ge=0, description="Events of the windows kept in memory between batches"
+    )
     poll_timeout_ms: int = Field(200, ge=1, description="How long a poll waits for records")
     max_value_bytes: int = Field(1 << 20, ge=1, description="Larger records are dead letters")
     every_event: bool = Field(

@@ -36,10 +36,13 @@ HANDBOOK = Source(
     expects="the folder data/ with 2018-04-01.pkl to 2018-09-30.pkl",
     notes="Simulated, no personal data. Scenario 1: amount over 220; 2: compromised terminal, 28 "
     "days; 3: compromised customer, 14 days, a third of the transactions times 5. `scenario` and "
-    "`label_any_fraud` are for analysis only. A past label may be used from label_available_at on.",
+    "`label_any_fraud` are for analysis only. A past label may be used from label_available_at on: "
+    "events_terminal.parquet, with schema_terminal.yaml, has the payments by terminal and its "
+    "frauds as events that occur then.",
 )
 
 _TX, _ACCOUNT = "labels_tx.parquet", "labels_account.parquet"
+_TERMINAL = "events_terminal.parquet"
 _PICKLED = (
     "CUSTOMER_ID",
     "TERMINAL_ID",
@@ -63,6 +66,18 @@ _LOG = pa.schema(
 _EVENTS_SQL = """
     SELECT customer_id, terminal_id, transaction_id, occurred_at, amount
     FROM log ORDER BY occurred_at, CAST(transaction_id AS BIGINT)"""
+# {known}: payments with terminal, label and when it became known.
+_TERMINAL_SQL = """
+    SELECT type, terminal_id, event_id, occurred_at, amount FROM (
+        SELECT 'payment' AS type, terminal_id, transaction_id AS event_id, occurred_at, amount
+        FROM ({known})
+        UNION ALL
+        SELECT 'confirmed_fraud', terminal_id, 'fraud-' || transaction_id, known_at, amount
+        FROM ({known}) WHERE fraud = 1)
+    ORDER BY occurred_at, type, event_id"""
+_KNOWN_SQL = """
+    SELECT terminal_id, transaction_id, occurred_at, amount, fraud,
+        CAST(CAST(occurred_at AS DATE) AS TIMESTAMP) + to_days(8) AS known_at FROM log"""
 # A label is known seven full days after the transaction's day. Lite: all frauds, and one in
 # twenty genuine transactions, weighted.
 _TX_SQL = """
@@ -149,10 +164,15 @@ def prepare_handbook(folder: Path, out: Path) -> Prepared:
             )
             rows = {
                 EVENTS: write_query(database, _EVENTS_SQL, out / EVENTS),
+                _TERMINAL: write_query(
+                    database, _TERMINAL_SQL.format(known=_KNOWN_SQL), out / _TERMINAL
+                ),
                 _TX: write_query(database, _TX_SQL, out / _TX),
                 _ACCOUNT: write_query(database, _ACCOUNT_SQL, out / _ACCOUNT),
             }
     copy_schema("handbook.yaml", out / "schema.yaml")
+    copy_schema("handbook_terminal.yaml", out / "schema_terminal.yaml")
+    del rows[_TERMINAL]
     prepared = Prepared(folder=out, events=rows.pop(EVENTS), labels=rows)
     metrics = ("average_precision", "roc_auc")
     tasks = [
@@ -206,6 +226,13 @@ def _from_parquet(database: duckdb.DuckDBPyConnection, folder: Path, out: Path) 
             make_timestamp(epoch_us(label_available_at)) AS label_available_at, split, lite, weight
         FROM labels_tx l JOIN tx USING (transaction_id)
         ORDER BY event_timestamp, l.transaction_id"""
+    known = """
+        SELECT CAST(terminal_id AS VARCHAR) AS terminal_id,
+            CAST(l.transaction_id AS VARCHAR) AS transaction_id,
+            make_timestamp(epoch_us(event_timestamp)) AS occurred_at,
+            round(CAST(amount AS DOUBLE), 2) AS amount, label AS fraud,
+            make_timestamp(epoch_us(label_available_at)) AS known_at
+        FROM labels_tx l JOIN tx USING (transaction_id)"""
     labels_account = """
         SELECT CAST(entity_id AS VARCHAR) AS customer_id,
             make_timestamp(epoch_us(event_timestamp)) AS event_timestamp, label, label_any_fraud,
@@ -214,6 +241,7 @@ def _from_parquet(database: duckdb.DuckDBPyConnection, folder: Path, out: Path) 
         FROM labels_account ORDER BY event_timestamp, customer_id"""
     return {
         EVENTS: write_query(database, events, out / EVENTS),
+        _TERMINAL: write_query(database, _TERMINAL_SQL.format(known=known), out / _TERMINAL),
         _TX: write_query(database, labels_tx, out / _TX),
         _ACCOUNT: write_query(database, labels_account, out / _ACCOUNT),
     }

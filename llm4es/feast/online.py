@@ -6,10 +6,11 @@ own bytes: 1 microsecond where building a `FloatList` takes 114 at 384 dimension
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from types import MappingProxyType
+from typing import Final, Protocol
 
 import numpy as np
 from feast import FeatureStore, FeatureView
@@ -22,9 +23,21 @@ from llm4es.errors import SinkRejected, SinkUnavailable
 from llm4es.events import entity_hash
 from llm4es.features import FeatureRow
 
-__all__ = ["OnlineRows", "PortableRows", "ViewTarget", "encode_row", "encode_vector", "scalars"]
+__all__ = [
+    "NO_MARKS",
+    "Marks",
+    "OnlineRows",
+    "PortableRows",
+    "ViewTarget",
+    "encode_row",
+    "encode_vector",
+    "scalars",
+]
 
 log = logging.getLogger(__name__)
+
+Marks = Mapping[str, int]  # what an online store notes of a topic: a number by name
+NO_MARKS: Final[Marks] = MappingProxyType({})
 
 _LENGTH_DELIMITED = 2
 _FLOAT_LIST_TAG = Value.DESCRIPTOR.fields_by_name["float_list_val"].number << 3 | _LENGTH_DELIMITED
@@ -60,12 +73,24 @@ class ViewTarget:
 class OnlineRows(Protocol):
     """Writes rows of one view, at most one per entity and call, newer over older only."""
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",
+        held: Marks = NO_MARKS,
+        ahead: Marks = NO_MARKS,
+    ) -> list[str]:
         """Give the ids of entities that have a newer row already; theirs was not written.
 
         Every other row is readable on return. A row with the timestamp that stands changes
-        nothing. Raises SinkUnavailable, SinkRejected.
+        nothing. Behind the rows the marks of a topic move up to `ahead`, none back. Raises
+        SinkUnavailable, SinkRejected, StoreLost where less than `held` is noted.
         """
+        ...
+
+    def marks(self, topic: str) -> Marks | None:
+        """What is noted of a topic; None where the store cannot note anything."""
         ...
 
     def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
@@ -135,7 +160,14 @@ class PortableRows:
         )
         self.as_of(["any"])  # a store that is away says so at start
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",  # noqa: ARG002 - a store that is not ours to know takes no marks
+        held: Marks = NO_MARKS,  # noqa: ARG002
+        ahead: Marks = NO_MARKS,  # noqa: ARG002
+    ) -> list[str]:
         """See OnlineRows."""
         self._meet([row.entity_id for row in rows])
         fresh = [row for row in rows if self._is_newer(row)]
@@ -155,6 +187,10 @@ class PortableRows:
         if data:
             self._verify(fresh)
         return [row.entity_id for row in rows if row.as_of < self._newest[row.entity_id]]
+
+    def marks(self, topic: str) -> Marks | None:  # noqa: ARG002
+        """Nothing: see OnlineRows."""
+        return None
 
     def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:  # noqa: ARG002
         """See OnlineRows. Timestamps stay for good: Feast has no way to take one row out."""

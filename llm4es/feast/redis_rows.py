@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha1
-from typing import Any
+from typing import Any, NamedTuple
 
 from feast.infra.online_stores.helpers import _mmh3, _redis_key
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisType, _versioned_fv_name
@@ -23,8 +23,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from llm4es.deletion import Tombstone
-from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.feast.online import ViewTarget, encode_row
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
+from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row
 from llm4es.features import FeatureRow
 
 __all__ = ["REDIS_ERRORS", "RedisRows", "translate_redis_error"]
@@ -64,6 +64,22 @@ else redis.call('PERSIST', KEYS[1]) end -- a deleted entity's key was to end
 return 1
 """
 )
+# KEYS: a topic's marks. ARGV: how many pairs (name, number known to be held) come first, then
+# pairs (name, number) to move up to. 0, and nothing written, where less is held.
+_MARK = """
+local held = 2 * tonumber(ARGV[1])
+for i = 2, held, 2 do
+  local found = redis.call('HGET', KEYS[1], ARGV[i])
+  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then return 0 end
+end
+for i = held + 2, #ARGV, 2 do
+  local found = redis.call('HGET', KEYS[1], ARGV[i])
+  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  end
+end
+return 1
+"""
 # KEYS: entity. ARGV: seconds, nanos, guard in seconds, the timestamp's field and value, then the
 # view's fields. The key, which other views of the entity share, ends with its guard when nothing
 # but timestamps is left. Gives -1 where a newer row stands, and changes nothing then.
@@ -85,7 +101,6 @@ redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 )
-_Call = tuple[bytes | str | int, ...]
 _SUPERSEDED = -1
 _PIPELINED = 512  # rows of one round trip
 # What a call of redis-py may raise; its cluster client has a root of its own.
@@ -121,6 +136,13 @@ _AWAY = (
 _PASSING = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNKILLABLE ")
 
 
+class _Call(NamedTuple):
+    """A script for one key: the key, then its arguments."""
+
+    script: str
+    arguments: tuple[bytes | str | int, ...]
+
+
 class RedisRows:
     """Compare-and-set into the hashes of Feast's Redis store, a batch per round trip."""
 
@@ -132,6 +154,7 @@ class RedisRows:
         self._ttl = str(config.online_store.key_ttl_seconds or 0)
         self._cluster = config.online_store.redis_type == RedisType.redis_cluster
         name = _versioned_fv_name(target.view, config)
+        self._view = name
         self._timestamp_field = f"_ts:{name}".encode()
         self._fields = {
             feature.name: _mmh3(f"{name}:{feature.name}") for feature in target.view.features
@@ -147,27 +170,53 @@ class RedisRows:
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",
+        held: Marks = NO_MARKS,
+        ahead: Marks = NO_MARKS,
+    ) -> list[str]:
+        """See OnlineRows. The marks go with the last rows, behind them, in one round trip."""
+        calls = [_Call(_SCRIPT, (self._key(row.entity_id), *self._arguments(row))) for row in rows]
+        if held or ahead:
+            pairs = [text for pair in (*held.items(), *ahead.items()) for text in pair]
+            calls.append(_Call(_MARK, (self._marks_key(topic), len(held), *pairs)))
+        answers: list[Any] = []
+        for start in range(0, len(calls), _PIPELINED):
+            answers += self._execute(calls[start : start + _PIPELINED])
+        if (held or ahead) and not answers.pop():
+            msg = f"the online store has lost what it noted of {topic}, and so rows"
+            raise StoreLost(msg)
+        return [
+            row.entity_id
+            for row, answer in zip(rows, answers, strict=True)
+            if answer == _SUPERSEDED
+        ]
+
+    def marks(self, topic: str) -> Marks | None:
         """See OnlineRows."""
-        superseded = []
-        for start in range(0, len(rows), _PIPELINED):
-            chunk = rows[start : start + _PIPELINED]
-            for row, answer in zip(chunk, self._execute(chunk), strict=True):
-                if answer == _SUPERSEDED:
-                    superseded.append(row.entity_id)
-        return superseded
+        try:
+            found = self._client.hgetall(self._marks_key(topic))
+        except REDIS_ERRORS as error:
+            raise translate_redis_error(error) from error
+        return {name.decode(): int(number) for name, number in found.items()}
 
     def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
         """See OnlineRows."""
         calls = [
-            (
-                self._key(each.entity_id),
-                *self._moment_of(each.as_of, str(math.ceil(guard_s))),
-                *self._fields.values(),
+            _Call(
+                _DELETE,
+                (
+                    self._key(each.entity_id),
+                    *self._moment_of(each.as_of, str(math.ceil(guard_s))),
+                    *self._fields.values(),
+                ),
             )
             for each in tombstones
         ]
-        self._run(_DELETE, calls)
+        self._execute(calls)
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond."""
@@ -188,31 +237,30 @@ class RedisRows:
         """Close the connections."""
         self._client.close()
 
-    def _execute(self, rows: Sequence[FeatureRow]) -> list[int]:
-        calls = [(self._key(row.entity_id), *self._arguments(row)) for row in rows]
-        return self._run(_SCRIPT, calls)
-
-    def _run(self, script: str, calls: Sequence[_Call]) -> list[int]:
+    def _execute(self, calls: "Sequence[_Call]") -> list[Any]:
         try:
-            answers = self._send(script, calls)
+            answers = self._send(calls)
             if any(isinstance(answer, exceptions.NoScriptError) for answer in answers):
-                self._client.script_load(script)
-                # Rows that were written answer "the same stands".
-                answers = self._send(script, calls)
+                for script in {call.script for call in calls}:
+                    self._client.script_load(script)
+                answers = self._send(calls)  # rows that were written answer "the same stands"
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
         _raise_first(answers)
         return answers
 
-    def _send(self, script: str, calls: Sequence[_Call]) -> list[Any]:
+    def _send(self, calls: "Sequence[_Call]") -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
             if self._cluster:  # a cluster's pipeline refuses EVALSHA
-                pipe.eval(script, 1, *call)
+                pipe.eval(call.script, 1, *call.arguments)
             else:
-                pipe.evalsha(_sha(script), 1, *call)
+                pipe.evalsha(_sha(call.script), 1, *call.arguments)
         answers: list[Any] = pipe.execute(raise_on_error=False)
         return answers
+
+    def _marks_key(self, topic: str) -> str:
+        return f"llm4es:{self._project}:{self._view}:marks:{topic}"
 
     def _key(self, entity_id: str) -> bytes:
         key: bytes = _redis_key(

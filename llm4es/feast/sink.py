@@ -5,7 +5,7 @@ length; so everything is checked here, when the sink is opened and for each row.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +16,12 @@ from feast.data_format import AvroFormat, ProtoFormat
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.events import EPOCH, entity_hash
+from llm4es.events import EPOCH, NO_OFFSETS, TopicPartition, entity_hash
 from llm4es.feast.definitions import ViewSpec
 from llm4es.feast.deletions import Deletions
 from llm4es.feast.journal import OfflineJournal
 from llm4es.feast.offline_log import log_folder
-from llm4es.feast.online import OnlineRows, ViewTarget
+from llm4es.feast.online import Marks, OnlineRows, ViewTarget
 from llm4es.feast.online_reader import OnlineReader
 from llm4es.feast.opening import apply_command, open_rows, open_target
 from llm4es.features import FeatureRow
@@ -86,11 +86,18 @@ class FeastSink:
         self._refuse_broken(rows)
         self._journal.append(self._journal.kept(rows))
 
-    def publish(self, rows: Sequence[FeatureRow]) -> None:
+    def publish(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        reached: Mapping[TopicPartition, int] = NO_OFFSETS,
+        held: Mapping[TopicPartition, int] = NO_OFFSETS,
+    ) -> None:
         """Return only when every row is readable online, or superseded by a newer one.
 
-        At most one row per entity. Idempotent. Synced, where that is ours to do. Raises
-        SinkUnavailable, SinkRejected.
+        At most one row per entity. Idempotent. Synced, where that is ours to do. `reached` and
+        `held` are of one topic, see `stream_worker.ports.FeatureSink`. Raises SinkUnavailable,
+        SinkRejected, StoreLost.
         """
         self._refuse_broken(rows)
         entity, times = (
@@ -100,9 +107,38 @@ class FeastSink:
             raise SinkRejected(f"entity {entity_hash(entity)} has {times} rows in one call")
         kept = self._journal.kept(rows)
         self.superseded += len(rows) - len(kept)
-        if kept:
-            self.superseded += len(self._online.write(kept))
-            self._online.sync()  # rows survive what the offsets survive
+        self._write(
+            kept, held=_by_partition(held), ahead=_by_partition(reached), of=reached or held
+        )
+
+    def republish(
+        self, batches: Iterable[Sequence[FeatureRow]], reached: Mapping[TopicPartition, int]
+    ) -> None:
+        """Publish all current rows of some partitions, in batches, and note `reached` behind them.
+
+        A loss meanwhile is StoreLost: each batch is numbered, and the number before it must
+        still be there. Raises SinkUnavailable, SinkRejected, StoreLost.
+        """
+        names = [f"{tp.partition}/republished" for tp in reached]
+        found = self._online.marks(next(iter(reached)).topic) or {}
+        number = max(found.get(name, 0) for name in names) + 1
+        self._write((), held={}, ahead=dict.fromkeys(names, number), of=reached)
+        for rows in batches:
+            self._refuse_broken(rows)
+            held, ahead = dict.fromkeys(names, number), dict.fromkeys(names, number + 1)
+            self._write(rows, held=held, ahead=ahead, of=reached)
+            number += 1
+        held = dict.fromkeys(names, number)
+        self._write((), held=held, ahead=_by_partition(reached), of=reached)
+
+    def published(self, topic: str) -> Mapping[TopicPartition, int] | None:
+        """Next offsets that rows online stand for; None where the store cannot note any."""
+        found = self._online.marks(topic)
+        if found is None:
+            return None
+        return {
+            TopicPartition(topic, int(name)): at for name, at in found.items() if name.isdecimal()
+        }
 
     def delete(self, tombstones: Sequence[Tombstone]) -> None:
         """Return when no row of these entities at or before `as_of` can be read any more.
@@ -137,6 +173,19 @@ class FeastSink:
             self._journal.close()
         finally:
             self._online.close()
+
+    def _write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        held: Marks,
+        ahead: Marks,
+        of: Mapping[TopicPartition, int],
+    ) -> None:
+        if rows or held or ahead:
+            topic = next((tp.topic for tp in of), "")
+            self.superseded += len(self._online.write(rows, topic=topic, held=held, ahead=ahead))
+            self._online.sync()  # rows survive what the offsets survive
 
     def _stream(self, option: str) -> str:
         source = self._target.view.stream_source
@@ -174,6 +223,10 @@ class FeastSink:
             ("its times have no zone, or lie before 1970", not zoned or row.as_of < EPOCH),
         )
         return next((problem for problem, found in broken if found), None)
+
+
+def _by_partition(offsets: Mapping[TopicPartition, int]) -> dict[str, int]:
+    return {str(tp.partition): at for tp, at in offsets.items()}
 
 
 def open_sink(

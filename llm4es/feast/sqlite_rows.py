@@ -6,7 +6,8 @@ under a name that is no feature of the view: Feast reads it along and hands it t
 it goes when the table goes. It holds as long as the features' own second says the same; where
 stock Feast has written since, that second is what stands. (A stock write within the very second
 of ours cannot be told from ours.) Where that row stands alone, its entity was deleted, and
-`created_ts` says until when it keeps older rows out.
+`created_ts` says until when it keeps older rows out. What is noted of a topic stands in the table
+too, under a key that is no entity's, so that it goes with the rows.
 
 The write-ahead log with synchronous=NORMAL survives a kill; `sync` makes it survive a power cut.
 """
@@ -25,12 +26,13 @@ from feast.infra.online_stores.sqlite import SqliteOnlineStore, _quote_id
 from feast.protos.feast.types.Value_pb2 import Value
 
 from llm4es.deletion import Tombstone
-from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.feast.online import ViewTarget, encode_row, scalars
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
+from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row, scalars
 from llm4es.features import FeatureRow
 
 __all__ = ["SqliteRows", "translate_sqlite_error"]
 
+_MARKS = b"llm4es:marks:"
 _EXACT = "__as_of_us"  # microseconds since 1970, in UTC
 _BUSY_TIMEOUT_S = 10.0
 _ASKED = 500  # entities of one query
@@ -84,8 +86,15 @@ class SqliteRows:
             "value_text = excluded.value_text, event_ts = excluded.event_ts, created_ts = NULL"
         )
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
-        """See OnlineRows."""
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",
+        held: Marks = NO_MARKS,
+        ahead: Marks = NO_MARKS,
+    ) -> list[str]:
+        """See OnlineRows. Rows and marks are one transaction."""
         keys = [self._key(row.entity_id) for row in rows]
         superseded = []
         with self._transaction():
@@ -96,7 +105,16 @@ class SqliteRows:
                     self._connection.executemany(self._upsert, self._table_rows(key, row))
                 elif stood > moment:
                     superseded.append(row.entity_id)
+            if held or ahead:
+                self._move_marks(topic, held, ahead)
         return superseded
+
+    def marks(self, topic: str) -> Marks | None:
+        """See OnlineRows."""
+        try:
+            return self._marks(topic)
+        except sqlite3.Error as error:
+            raise translate_sqlite_error(error) from error
 
     def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
         """See OnlineRows. What is deleted is overwritten in the file, too."""
@@ -162,6 +180,25 @@ class SqliteRows:
                 raise
         except sqlite3.Error as error:
             raise translate_sqlite_error(error) from error
+
+    def _marks(self, topic: str) -> dict[str, int]:
+        query = f"SELECT feature_name, value FROM {self._table} WHERE entity_key = ?"  # noqa: S608
+        found = self._connection.execute(query, (_MARKS + topic.encode(),)).fetchall()
+        return {name: Value.FromString(value).int64_val for name, value in found}
+
+    def _move_marks(self, topic: str, held: Marks, ahead: Marks) -> None:
+        found = self._marks(topic)
+        if any(found.get(name, 0) < number for name, number in held.items()):
+            msg = f"the online store has lost what it noted of {topic}, and so rows"
+            raise StoreLost(msg)
+        self._connection.executemany(
+            self._upsert,
+            [
+                (_MARKS + topic.encode(), name, Value(int64_val=at).SerializeToString(), None, 0)
+                for name, at in ahead.items()
+                if found.get(name, 0) < at
+            ],
+        )
 
     def _standing(self, keys: Sequence[bytes]) -> dict[bytes, int]:
         """Microseconds of the row that stands, for the entities that have one."""

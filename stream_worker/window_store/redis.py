@@ -7,10 +7,10 @@ than it read, and is refused.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import count
+from itertools import count, islice
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -37,11 +37,12 @@ __all__ = ["RedisWindowStore"]
 log = logging.getLogger(__name__)
 
 # KEYS[1] window, KEYS[2] (with a deletion key) where it stands when it is deleted; ARGV[1] version
-# it was read at, ARGV[2] record, ARGV[3] which of the keys takes it. 1 where it was written.
+# it was read at, ARGV[2] record, ARGV[3] which of the keys takes it. 1 where it was written, 0
+# where another version stands, -1 where none does and one was read.
 _COMPARE_AND_SET = """
 local found = redis.call('HGET', KEYS[1], 'version')
 if not found and KEYS[2] then found = redis.call('HGET', KEYS[2], 'version') end
-if (found or '0') ~= ARGV[1] then return 0 end
+if (found or '0') ~= ARGV[1] then return found and 0 or -1 end
 local place = tonumber(ARGV[3])
 redis.call('HSET', KEYS[place], 'version', ARGV[1] + 1, 'record', ARGV[2])
 if KEYS[2] then redis.call('DEL', KEYS[3 - place]) end
@@ -63,7 +64,9 @@ for i = held + 2, #ARGV, 2 do
 end
 return 1
 """
+_GONE = -1
 _TIMEOUT_S = 5.0
+_CHUNK = 500  # windows of one round trip of a scan
 _REMEDY = "write redis://:PASSWORD@host:port/db, special characters %-encoded"
 
 
@@ -111,6 +114,21 @@ class RedisWindowStore:
         return {
             entity_id: windows.get(entity_id) or Window(entity_id=entity_id) for entity_id in wanted
         }
+
+    def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
+        """Give every window of these partitions; walks through the keys of the whole server."""
+        prefix = self._key("")[:-1].encode()
+        keys = self._client.scan_iter(match=f"{_literal(self._prefix)}:window:*", count=_CHUNK)
+        while True:
+            with _mapped():
+                found = list(islice(keys, _CHUNK))
+            if not found:
+                return
+            # SCAN may give a key twice.
+            entity_ids = {key[len(prefix) : -1].decode() for key in found}
+            for window in self.load(entity_ids).values():
+                if (window.topic, window.partition) in partitions:
+                    yield window
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
@@ -212,6 +230,10 @@ class RedisWindowStore:
         return {TopicPartition(topic, int(partition)): int(at) for partition, at in found.items()}
 
     def _write(self, batch: Batch) -> None:
+        self._write_windows(batch)
+        self._write_offsets(batch)
+
+    def _write_windows(self, batch: Batch) -> None:
         if self._deletion_key is None and any(w.deleted for w in batch.pending.values()):
             raise DeletionKey.needed()
         if batch.pending:
@@ -228,9 +250,15 @@ class RedisWindowStore:
                     ],
                     client=cast("Any", pipeline),
                 )
-            if not all(_answers(pipeline)):
+            answers = _answers(pipeline)
+            if _GONE in answers:
+                msg = "the window store has lost a window that was read from it"
+                raise StoreLost(msg)
+            if not all(answers):
                 msg = "another worker has written a window of this batch"
                 raise Fenced(msg)
+
+    def _write_offsets(self, batch: Batch) -> None:
         for topic in {tp.topic for tp in batch.next_offsets}:
             held, ahead = (
                 [(tp.partition, at) for tp, at in offsets.items() if tp.topic == topic]
@@ -270,6 +298,11 @@ def _client(url: str) -> "redis.Redis":
     except (ValueError, TypeError, AttributeError):
         raise _malformed() from None
     return client
+
+
+def _literal(text: str) -> str:
+    """Text as a pattern of SCAN that matches itself."""
+    return re.sub(r"([\\*?\[\]])", r"\\\1", text)
 
 
 def _malformed() -> ConfigError:

@@ -1,12 +1,12 @@
 """Windows in one SQLite file: for a single worker, with no server."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from llm4es.deletion import DeletionKey
-from llm4es.errors import ConfigError, Fenced, SinkUnavailable
+from llm4es.errors import ConfigError, Fenced, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
 from llm4es.windows import Window
 from stream_worker.ports import NO_OFFSETS, LogIdentity, WindowTransaction
@@ -110,6 +110,24 @@ class SqliteWindowStore:
                     if windows[entity_id].version == 0:
                         windows[entity_id] = self._deleted(entity_id, self._deletion_key)
         return windows
+
+    def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
+        """Give every window of these partitions."""
+        after = ""
+        while True:
+            with _mapped():
+                found = self._connection.execute(
+                    "SELECT entity, version, record FROM windows "
+                    "WHERE bundle = ? AND entity > ? ORDER BY entity LIMIT ?",
+                    (self._bundle, after, _CHUNK),
+                ).fetchall()
+            for entity, version, record in found:
+                window = decode_window(entity, version, record)
+                if (window.topic, window.partition) in partitions:
+                    yield window
+            if len(found) < _CHUNK:
+                return
+            after = found[-1][0]
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
@@ -230,6 +248,9 @@ class SqliteWindowStore:
                 (self._bundle, name),
             ).fetchone()
             standing = row[0] if row is not None else standing
+        if window.version and not standing:
+            msg = "the window store has lost a window that was read from it"
+            raise StoreLost(msg)
         if standing != window.version:
             msg = "another worker has written a window of this batch"
             raise Fenced(msg)

@@ -17,8 +17,8 @@ from redis import Redis
 
 from dev.servers import RedisServer, wait_until
 from llm4es.deletion import DeletionKey, Tombstone
-from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.events import entity_hash
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
+from llm4es.events import TopicPartition, entity_hash
 from llm4es.feast import FeastSink, ViewSpec, open_reader, open_sink
 from llm4es.feast.online import PortableRows
 from llm4es.feast.redis_rows import RedisRows
@@ -267,12 +267,59 @@ def test_as_of_keeps_its_microseconds_where_the_store_has_a_place_for_them(
     assert found == [at if exact else at.replace(microsecond=0) for at in moments]
 
 
+P0, P1 = TopicPartition("shop", 0), TopicPartition("shop", 1)
+
+
+def test_offsets_that_rows_stand_for_are_noted_behind_them_and_never_move_back(
+    world: World, opener: Callable[[], FeastSink], unique: str
+) -> None:
+    topic = f"shop-{unique}"
+    here, there = TopicPartition(topic, 0), TopicPartition(topic, 1)
+    sink = opener()
+    if world.way == "portable":
+        sink.publish([row(world.spec, unique)], reached={here: 3})
+        assert sink.published(topic) is None
+        return
+    assert sink.published(topic) == {}
+    sink.publish([row(world.spec, unique)], reached={here: 3}, held={here: 0})
+    sink.publish([], reached={here: 2, there: 7}, held={here: 3})
+    assert opener().published(topic) == {here: 3, there: 7}
+    assert sink.published(f"{topic}-other") == {}
+    with pytest.raises(StoreLost):
+        sink.publish([], reached={here: 9}, held={here: 4})
+    sink.republish([[row(world.spec, unique)], []], {here: 5})
+    assert sink.published(topic) == {here: 5, there: 7}
+    assert sink.read([unique])[0] is not None
+
+
+def test_a_store_that_loses_rows_while_they_are_published_again_is_lost(
+    tmp_path: Path,
+) -> None:
+    with RedisServer(tmp_path / "redis", persistence="none") as redis:
+        world = make_world(tmp_path / "world", "redis", redis)
+        sink = world.open()
+        client = Redis(port=redis.port)
+
+        def batches() -> Iterator[list[FeatureRow]]:
+            yield [row(world.spec, "c1")]
+            client.flushall()
+            yield [row(world.spec, "c2")]
+
+        with pytest.raises(StoreLost):
+            sink.republish(batches(), {P0: 5, P1: 6})
+        assert sink.published("shop") == {}
+        sink.republish([[row(world.spec, "c1")], [row(world.spec, "c2")]], {P0: 5, P1: 6})
+        assert sink.published("shop") == {P0: 5, P1: 6}
+        client.close()
+        sink.close()
+
+
 def test_of_two_writers_racing_over_an_entity_the_newer_row_wins_always(
     world: World, opener: Callable[[], FeastSink], unique: str
 ) -> None:
     if world.way == "portable":
         pytest.skip("promised for one writer alone, and said so at start")
-    rounds, each_round = 40, 16
+    rounds, each_round, each_call = 25, 400, 8  # 10,000 entities, each raced for once
     start = threading.Barrier(2, timeout=60)
     failures: list[BaseException] = []
 
@@ -289,9 +336,10 @@ def test_of_two_writers_racing_over_an_entity_the_newer_row_wins_always(
                     for n in range(each_round)
                 ]
                 start.wait()
-                # In opposite order, one by one: over each entity they meet at another moment.
-                for one in rows if writer else reversed(rows):
-                    sink.publish([one])
+                # In opposite order, a few at a time: they meet over each at another moment.
+                ordered = rows if writer else rows[::-1]
+                for first in range(0, each_round, each_call):
+                    sink.publish(ordered[first : first + each_call])
         except BaseException as error:  # noqa: BLE001 - the test's thread says it
             failures.append(error)
             start.abort()

@@ -195,6 +195,28 @@ def test_windows_of_two_bundles_never_meet(opener: Opener) -> None:
     assert two.unproven("shop") == {}
 
 
+def test_a_scan_gives_every_window_of_the_partitions_asked_for(
+    opener: Opener,
+) -> None:
+    one, two = opener("b1"), opener("b*")
+    put(one, *(window(f"c{n}", partition=n % 2) for n in range(1203)))
+    put(two, window("other"))
+    found = {each.entity_id: each for each in one.scan({P1})}
+    assert found.keys() == {f"c{n}" for n in range(1, 1203, 2)}
+    assert found["c1"].version == 1
+    assert {each.entity_id for each in two.scan({P0, P1})} == {"other"}
+    assert not list(one.scan({TopicPartition("mall", 1)}))
+
+
+def test_a_window_that_was_read_and_is_gone_is_a_lost_store_not_another_workers_doing(
+    opener: Opener,
+) -> None:
+    store = opener("b1")
+    with pytest.raises(StoreLost), store.begin() as txn:
+        txn.put(window(version=3))
+    assert store.read("c1") is None
+
+
 def test_the_log_is_remembered_across_a_restart(opener: Opener) -> None:
     identity = LogIdentity(topic="shop", topic_id="t-1", partitions=4)
     first = opener("b1")

@@ -96,6 +96,33 @@ def test_windows_and_offsets_that_go_between_two_batches_are_folded_again_from_t
     assert_equal_to_clean(losses.world, event_by_event)
 
 
+@pytest.mark.parametrize("batches", [1, 2, 7, 23])
+@pytest.mark.parametrize("windows_too", [False, True])
+def test_online_rows_that_go_are_published_again_from_the_windows(
+    losses: Losses, event_by_event: World, batches: int, *, windows_too: bool
+) -> None:
+    def lose() -> None:
+        losses.world.sink.lose()
+        if windows_too:
+            losses.forget_all()
+
+    losses.world.work(before_polls=[*repeat(nothing, batches), lose])
+    assert lost(losses.world) == 1
+    assert_equal_to_clean(losses.world, event_by_event)
+    assert losses.world.sink.reached == losses.world.group
+
+
+def test_online_rows_that_went_while_no_worker_ran_are_published_before_anything_is_read(
+    losses: Losses, event_by_event: World
+) -> None:
+    losses.world.work()
+    losses.world.sink.lose()
+    losses.world.work()
+    assert lost(losses.world) == 0
+    assert losses.world.metrics.summary().records == 0
+    assert_equal_to_clean(losses.world, event_by_event)
+
+
 def test_a_tail_that_goes_is_folded_again_from_where_the_store_stands(
     losses: Losses, event_by_event: World
 ) -> None:

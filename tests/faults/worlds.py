@@ -91,6 +91,8 @@ class World:
     letters: ParkedLetters = field(default_factory=ParkedLetters)
     group: dict[Any, int] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=Metrics)
+    topic: str = "shop"
+    partitions: int = PARTITIONS
 
     def open_store(self) -> WindowStore:
         if self.store_of is not None:
@@ -101,8 +103,8 @@ class World:
 
     def describe(self) -> LogDescription:
         return LogDescription(
-            identity=LogIdentity(topic="shop", topic_id="t", partitions=PARTITIONS),
-            spans={p: PartitionSpan(0, len(self.log)) for p in range(PARTITIONS)},
+            identity=LogIdentity(topic=self.topic, topic_id="t", partitions=self.partitions),
+            spans={p: PartitionSpan(0, len(self.log)) for p in range(self.partitions)},
             compacted=False,
             timestamps="log_append",
         )
@@ -150,11 +152,15 @@ class World:
 
     def windows_of(self) -> dict[str, Window]:
         store = self.open_store()
+        partitions = {record.topic_partition for record in self.log}
         try:
-            found = {f"c{number}": store.read(f"c{number}") for number in range(5)}
+            known = {
+                f"c{number}": store.read(f"c{number}") for number in range(5)
+            }  # deleted ones too
+            found = {key: window for key, window in known.items() if window is not None}
+            return found | {each.entity_id: each for each in store.scan(partitions)}
         finally:
             store.close()
-        return {key: window for key, window in found.items() if window is not None}
 
     def dead(self) -> set[tuple[int, int]]:
         """Coordinates of the parked records; a letter may be there twice."""

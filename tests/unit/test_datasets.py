@@ -368,6 +368,18 @@ def test_handbooks_frauds_are_in_labels_alone_and_both_entities_have_histories(
     assert len({(row["customer_id"], row["fold"]) for row in rows}) == 20
 
 
+def test_a_terminals_history_has_its_frauds_from_when_they_are_known(tmp_path: Path) -> None:
+    prepared = made("fraud-handbook", tmp_path)
+    schema = load_schema(prepared.folder / "schema_terminal.yaml")
+    log = prepared.folder / "events_terminal.parquet"
+    found = dict(iterate_histories(log, schema, entity="terminal", counts=LogCounts()))
+    assert sum(map(len, found.values())) == prepared.events + 1
+    (fraud,) = (event for history in found.values() for event in history if event.type != "payment")
+    assert (fraud.type, fraud.event_id, fraud.entity_id) == ("confirmed_fraud", "fraud-207", "1")
+    assert fraud.occurred_at == datetime(2018, 7, 11, tzinfo=UTC)
+    assert fraud.fields == {"amount": 17.0}
+
+
 class Call:
     """What a malicious pickle does: it names a function to be called."""
 

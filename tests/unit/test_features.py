@@ -11,11 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from llm4es.bundle import Bundle, Pooling, SurpriseSpec
 from llm4es.engine import reference
 from llm4es.events import Event, EventKey
-from llm4es.features import SumsLayout, feature_row, service_name, token_weights, view_name
+from llm4es.features import (
+    HEADER_STATES,
+    HEADER_TOKENS,
+    SumsLayout,
+    feature_row,
+    service_name,
+    token_weights,
+    view_name,
+)
 from llm4es.surprise import EventSurprise
 from llm4es.testing import modelless_bundle
 from llm4es.windows import (
@@ -194,6 +203,35 @@ def test_one_reading_gives_the_sums_after_each_of_its_events(
         alone = token_weights(layout, history.token_events[inside], [events])[0]
         np.testing.assert_array_equal(weights[index][:, inside], alone)
         assert (weights[index][:, history.token_events == events - 1] == 1).all()
+
+
+def pooled_by(**choice: object) -> SumsLayout:
+    bundle = make_bundle((math.inf, 4.0), surprise=False)
+    pooling = Pooling.model_validate(bundle.manifest.pooling.model_dump() | choice)
+    arrays = {HEADER_STATES: np.array([3.0, 0.0, -6.0]), HEADER_TOKENS: np.array([2.0])}
+    manifest = bundle.manifest.model_copy(update={"pooling": pooling})
+    return SumsLayout(replace(bundle, manifest=manifest, arrays=arrays))
+
+
+def test_the_header_counts_once_and_in_the_plain_mean_alone() -> None:
+    layout, bare = pooled_by(pool_header=True), pooled_by()
+    history = make_history(layout, (2, 1, 3), (2,), seed=1)
+    vector = served(layout, history)[0].reshape(2, HIDDEN)
+    plain = np.concatenate([history.states, [[1.5, 0, -3.0]] * 2]).mean(axis=0)
+    np.testing.assert_allclose(vector[0], plain, rtol=1e-6)
+    np.testing.assert_array_equal(vector[1], served(bare, history)[0][HIDDEN:])
+
+
+def test_the_header_needs_the_plain_mean() -> None:
+    with pytest.raises(ValidationError, match="name it among the scales"):
+        Pooling(layers=(0,), scales=(4.0,), pool_header=True)
+
+
+def test_of_ends_each_events_last_token_is_pooled() -> None:
+    layout = pooled_by(tokens="ends")
+    history = make_history(layout, (2, 1, 3), (2,), seed=2)
+    vector = served(layout, history)[0].reshape(2, HIDDEN)
+    np.testing.assert_allclose(vector[0], history.states[[1, 2, 5]].mean(axis=0), rtol=1e-6)
 
 
 def test_the_columns_of_the_served_surprise_are_named_in_their_order() -> None:
