@@ -14,7 +14,9 @@ from llm4es.deletion import DeletionKey
 from llm4es.engine import open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
+from stream_worker.connections import kafka_settings, value_format
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
+from stream_worker.formats.decoding import Decode, ValueFormat, open_decoder
 from stream_worker.health import serve_health
 from stream_worker.log_checks import (
     refuse_changed_log,
@@ -26,7 +28,6 @@ from stream_worker.ports import DeadLetters, Embedder, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
-from stream_worker.sources.kafka_client import KafkaSettings
 from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
@@ -107,7 +108,8 @@ def assembled_around(
         store = open_window_store(settings, bundle)
         stack.callback(store.close)
         source, dead_letters = _open_log(settings, bundle, sink, stack)
-        _refuse_unfit_log(source, store, bundle)
+        decode = open_decoder(_value_format(settings, sink))
+        _refuse_unfit_log(source, store, bundle, decode)
         parts = wrap(
             Parts(
                 bundle=bundle,
@@ -117,6 +119,7 @@ def assembled_around(
                 sink=sink,
                 dead_letters=dead_letters,
                 metrics=Metrics(),
+                decode=decode,
             )
         )
         worker = Worker(parts, _policy(settings))
@@ -177,7 +180,7 @@ def _open_log(
         stack.callback(source.close)
         stack.callback(letters.close)
         return source, letters
-    kafka = KafkaSettings(bootstrap_servers=settings.bootstrap_servers or sink.bootstrap_servers)
+    kafka = kafka_settings(settings, settings.bootstrap_servers or sink.bootstrap_servers)
     topic = settings.topic or sink.topic
     group = KafkaGroup(
         settings.group or f"llm4es-{bundle.manifest.entity}-{bundle.id}",
@@ -195,12 +198,20 @@ def _open_log(
     return source, letters
 
 
-def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) -> None:
+def _value_format(settings: WorkerSettings, sink: FeastSink) -> ValueFormat:
+    if settings.source == "file":  # its lines are JSON, and its columns are made so
+        return ValueFormat(max_depth=settings.max_json_depth)
+    return value_format(settings, *sink.value_format)
+
+
+def _refuse_unfit_log(
+    source: RecordSource, store: WindowStore, bundle: Bundle, decode: Decode
+) -> None:
     description = source.describe()
     topic = description.identity.topic
     refuse_other_topic(topic, store.topics())
     refuse_changed_log(description, store.identity(topic))
-    refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
+    refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity, decode)
 
 
 def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:

@@ -3,11 +3,10 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
 from typing import Any
 
 from llm4es.errors import BundleMismatch, ConfigError, Fenced
-from llm4es.events import EPOCH, Record, TopicPartition
+from llm4es.events import Record, TopicPartition
 from stream_worker.ports import (
     AssignmentListener,
     LogDescription,
@@ -22,8 +21,10 @@ from stream_worker.sources.kafka_client import (
     KafkaSettings,
     OffsetAndMetadata,
     admin,
+    connecting,
     kafka_partition,
     mapped,
+    to_record,
     topic_configs,
 )
 
@@ -70,7 +71,7 @@ class KafkaRecordSource:
         self._unplaced: set[TopicPartition] = set()
         self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
         self._due: dict[TopicPartition, int] = {}  # offsets that are read next
-        with mapped():
+        with connecting(self._settings):
             self._consumer = KafkaConsumer(**self._consumer_config(), **group.config)
 
     def describe(self) -> LogDescription:
@@ -95,7 +96,7 @@ class KafkaRecordSource:
 
     def sample(self, count: int) -> Sequence[Record]:
         """Read the newest records with a consumer of no group."""
-        with mapped():
+        with connecting(self._settings):
             reader = KafkaConsumer(**self._consumer_config())
         try:
             with mapped():
@@ -121,7 +122,7 @@ class KafkaRecordSource:
         }
         self._refuse_skipped({tp: raws[0].offset for tp, raws in batches.items()})
         self._due |= {tp: raws[-1].offset + 1 for tp, raws in batches.items()}
-        return [_record(raw) for raws in batches.values() for raw in raws]
+        return [to_record(raw) for raws in batches.values() for raw in raws]
 
     def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Offsets that the group has committed."""
@@ -274,7 +275,7 @@ class KafkaRecordSource:
                 log.warning("only %d records of the topic could be looked at", len(records))
                 break
             found = reader.poll(timeout_ms=200)
-            records += [_record(raw) for batch in found.values() for raw in batch]
+            records += [to_record(raw) for batch in found.values() for raw in batch]
         return records
 
 
@@ -304,28 +305,6 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-pyt
         taken = self._revoked, self._assigned
         self._revoked, self._assigned = set(), set()
         return taken
-
-
-def _record(raw: Any) -> Record:  # noqa: ANN401 - kafka-python's ConsumerRecord has no type
-    return Record(
-        topic=raw.topic,
-        partition=raw.partition,
-        offset=raw.offset,
-        timestamp=_moment(raw.timestamp),
-        key=raw.key,
-        value=raw.value,
-        headers=tuple(raw.headers),
-    )
-
-
-def _moment(timestamp_ms: int) -> datetime | None:
-    """Read a timestamp; None where there is none (-1), or a producer sent one that is no time."""
-    if timestamp_ms < 0:
-        return None
-    try:
-        return EPOCH + timedelta(milliseconds=timestamp_ms)
-    except OverflowError:
-        return None
 
 
 def _timestamps(configs: Mapping[str, str]) -> Timestamps:
