@@ -175,6 +175,21 @@ def repartition(
     )
 
 
+@app.command()
+@with_settings
+def snapshot(
+    settings: WorkerSettings,
+    *,
+    out: Annotated[Path, typer.Option(help="File to write", dir_okay=False)],
+    as_json: _Result = False,
+) -> None:
+    """Write the window store into one file, from which `run --from-snapshot` starts."""
+    from stream_worker.ops.snapshot_command import snapshot_store  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    snapshot_store(settings, out, as_json=as_json)
+
+
 @contextmanager
 def _refusing() -> Iterator[None]:
     """One clear line and the exit code of the error tree."""
