@@ -4,7 +4,7 @@ PIN := uv pip compile pyproject.toml --universal --python-version 3.11 --generat
 # Where a machine forbids it, every process would compile Feast anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup setup-bench demo test lint ci stack requirements wheel clean
+.PHONY: help setup setup-bench demo test soak mutants lint ci stack requirements wheel clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,12 @@ demo: ## simulated events become fresh embeddings that stock Feast reads (needs 
 test: ## everything, against real Kafka and Redis
 	@sh dev/setup.sh dev
 	$(PY) -m pytest
+
+soak: setup ## 200 seeded schedules of kills, lost stores and broken connections (about 25 minutes)
+	$(PY) -m tests.integration.faults.soak
+
+mutants: setup ## break the code in six ways on purpose, and see the fault suite fail
+	$(PY) -m tests.faults.mutants
 
 lint: setup ## style, types and who may import whom
 	$(PY) -m ruff check .

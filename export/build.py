@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import save_file
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from export.calibrate import calibrate
 from export.card import model_card
@@ -31,12 +31,13 @@ from export.corpus import (
     learn_buckets,
     read_log,
 )
+from export.enriched import EnrichedTexts, read_enriched
 from export.finetune import Trained, mean_nats, train
-from export.graphs import export_graphs
 from export.parity import measure_parity, random_chapters, refuse_disparity
+from export.pooling import export_bundled, header_sums, resolve_pooling
 from export.projection import learn_projection
 from export.readers import Reader, open_reader
-from export.recipe import Recipe
+from export.recipe import Recipe, in_utc
 from llm4es.bundle import (
     ARRAYS,
     CACHED_GRAPH,
@@ -52,10 +53,9 @@ from llm4es.bundle import (
 from llm4es.bundle import Training as TrainingFacts
 from llm4es.engine import default_threads
 from llm4es.engine.reading import ChapterGraph, read_whole
-from llm4es.engine.session import open_cpu_graphs
 from llm4es.errors import ConfigError
 from llm4es.events import Event
-from llm4es.features import HEADER_STATES, HEADER_TOKENS, SumsLayout
+from llm4es.features import SumsLayout
 from llm4es.rendering import Renderer
 from llm4es.schema import EventSchema, load_schema
 from llm4es.surprise import SurpriseTracks
@@ -76,6 +76,7 @@ class Request:
     entity: str
     out: Path
     recipe: Recipe
+    enriched: Path | None = None  # training chapters in other words, by `enrich`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,7 @@ class _Material:
     learnt_from: dict[str, tuple[Event, ...]]
     buckets: dict[str, NDArray[np.float64]]
     renderer: Renderer
+    enriched: EnrichedTexts
 
 
 def build_bundle(request: Request, console: Console) -> Built:
@@ -120,9 +122,18 @@ def build_bundle(request: Request, console: Console) -> Built:
     with _staged(workplace / "bundle", request.out) as folder:
         with console.status("training the tokenizer, cutting chapters"):
             reader = open_reader(
-                recipe, material.renderer, list(material.learnt_from.values()), folder / TOKENIZER
+                recipe,
+                material.renderer,
+                list(material.learnt_from.values()),
+                folder / TOKENIZER,
+                more_lines=material.enriched.lines(),
             )
-            corpus = cut_corpus(material.log, material.held_out, recipe.window, reader.tokens)
+            corpus = replace(
+                cut_corpus(material.log, material.held_out, recipe.window, reader.tokens),
+                enriched=material.enriched.ids(
+                    reader.tokens, longest=recipe.window.max_chapter_tokens
+                ),
+            )
         console.print(_told(request, material, corpus))
         trained = train(
             reader.model,
@@ -132,10 +143,10 @@ def build_bundle(request: Request, console: Console) -> Built:
             checkpoints=workplace / "checkpoints",
             console=console,
         )
-        pooling = _pooling(recipe, reader.model)
+        pooling = resolve_pooling(recipe.pooling, reader.model)
         with console.status("exporting to ONNX, comparing with transformers"):
-            export_graphs(reader.model, pooling, folder, surprise=recipe.surprise is not None)
-            graphs = open_cpu_graphs(folder, threads=default_threads())
+            surprise = recipe.surprise is not None
+            graphs = export_bundled(folder, reader.model, pooling, surprise=surprise)
             parity = measure_parity(
                 graphs, reader.model, pooling, _parity_chapters(reader, corpus, recipe)
             )
@@ -146,7 +157,7 @@ def build_bundle(request: Request, console: Console) -> Built:
             loss = mean_nats(reader.model, reader.tokens.header_ids, corpus.held_out)
             arrays = material.buckets | _calibrated(reader, graph, corpus, request, material)
             if pooling.pool_header:
-                arrays |= _header_sums(graph, reader.tokens.header_ids)
+                arrays |= header_sums(graph, reader.tokens.header_ids)
         manifest = _manifest(request, material, reader, pooling, trained, loss, parity)
         manifest = _write(folder, request, reader, manifest, arrays)
         if recipe.projection is not None:
@@ -179,6 +190,14 @@ def _read(request: Request) -> _Material:
     }
     buckets = learn_buckets(schema, learnt_from.values())
     renderer = Renderer(schema, request.recipe.rendering, buckets)
+    enriched = EnrichedTexts()
+    if request.enriched is not None:
+        enriched = read_enriched(
+            request.enriched,
+            rendering=renderer.sha256,
+            held_out=held_out,
+            before=in_utc(training.before),
+        )
     return _Material(
         schema=schema,
         log=log,
@@ -186,6 +205,7 @@ def _read(request: Request) -> _Material:
         learnt_from=learnt_from,
         buckets=buckets,
         renderer=renderer,
+        enriched=enriched,
     )
 
 
@@ -193,7 +213,7 @@ def _known_before(log: EventLog, moment: datetime | None) -> EventLog:
     """Leave out what had not occurred then: a model must not know a later test period."""
     if moment is None:
         return log
-    cut = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    cut = in_utc(moment)
     known = {
         entity_id: history[: bisect_left([event.occurred_at for event in history], cut)]
         for entity_id, history in log.histories.items()
@@ -206,9 +226,17 @@ def _known_before(log: EventLog, moment: datetime | None) -> EventLog:
 
 def _workplace(request: Request, material: _Material) -> Path:
     """Where this run, and no other, keeps what a kill would cost; gone with its end."""
-    told = request.recipe.model_dump_json() + material.log.sha256 + material.renderer.sha256
+    told = request.recipe.model_dump_json() + _data_sha256(material) + material.renderer.sha256
     digest = hashlib.sha256(f"{request.entity}:{told}".encode()).hexdigest()[:12]
     return request.out.parent / f".{request.out.name}-training-{digest}"
+
+
+def _data_sha256(material: _Material) -> str:
+    """Hash all that is learnt from: the log, and its chapters in other words."""
+    if not material.enriched.sha256:
+        return material.log.sha256
+    both = material.log.sha256 + material.enriched.sha256
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def _told(request: Request, material: _Material, corpus: Corpus) -> str:
@@ -218,25 +246,6 @@ def _told(request: Request, material: _Material, corpus: Corpus) -> str:
         f"({len(material.held_out):,} held out), {chapters:,} chapters of "
         f"{corpus.mean_tokens:,.0f} tokens on average, at most "
         f"{request.recipe.window.max_chapter_tokens:,}"
-    )
-
-
-def _pooling(recipe: Recipe, model: PreTrainedModel) -> Pooling:
-    """Name layers from the front: a manifest means the same whatever the model's depth."""
-    states = int(model.config.num_hidden_layers) + 1
-    pooled = recipe.pooling
-    layers = tuple(range(states)) if pooled.layers == "all" else pooled.layers
-    if any(not -states <= layer < states for layer in layers):
-        raise ConfigError(
-            "pooling.layers", f"{layers} of {states} hidden states", "name states that there are"
-        )
-    return Pooling(
-        layers=tuple(layer % states for layer in layers),
-        combine=pooled.combine,
-        normalise=pooled.normalise,
-        scales=pooled.scales,
-        tokens=pooled.tokens,
-        pool_header=pooled.pool_header,
     )
 
 
@@ -275,15 +284,6 @@ def _calibrated(
     return calibrate(corpus.held_out or corpus.train, tracks, spec, read_nats)
 
 
-def _header_sums(graph: ChapterGraph, header: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """What the header's own states add to the plain mean."""
-    pooled, _ = read_whole(graph, header, np.ones((1, len(header)), dtype=np.float32))
-    return {
-        HEADER_STATES: pooled[0].astype(np.float64),
-        HEADER_TOKENS: np.array([len(header)], dtype=np.float64),
-    }
-
-
 def _manifest(  # noqa: PLR0917 - each is a part of what a bundle says of itself
     request: Request,
     material: _Material,
@@ -304,7 +304,7 @@ def _manifest(  # noqa: PLR0917 - each is a part of what a bundle says of itself
         base_model=reader.name,
         licence=reader.licence,
         training=TrainingFacts(
-            data_sha256=material.log.sha256,
+            data_sha256=_data_sha256(material),
             steps=trained.steps,
             epochs=round(trained.epochs, 3),
             train_loss=round(trained.train_loss, 6),

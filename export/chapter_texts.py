@@ -1,16 +1,19 @@
 """Chapter texts: the training chapters of a log as they are rendered, for whoever rewrites them."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from export.corpus import EventLog, held_out_entities, learn_buckets
-from export.recipe import Recipe
-from llm4es.rendering import Renderer
+from export.recipe import Recipe, in_utc
+from llm4es.errors import ConfigError
+from llm4es.events import Event
+from llm4es.rendering import FORMATS, Renderer
 from llm4es.schema import EventSchema
 from llm4es.windows import cut_chapters
 
-__all__ = ["ChapterText", "training_texts"]
+__all__ = ["ChapterText", "other_renderers", "training_texts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,7 @@ class ChapterText:
     first_event: str
     last_event: str
     until: datetime  # of the last event
+    events: tuple[Event, ...]
     header: str
     lines: tuple[str, ...]
     rendering_sha256: str
@@ -39,14 +43,7 @@ def training_texts(
     Cut as windows are cut, but by `max_events` instead of tokens: a model that rewrites has a
     tokenizer of its own. Raises ConfigError for a schema and rendering that do not fit.
     """
-    held_out = held_out_entities(log.histories, recipe.training.held_out_share)
-    before = _in_utc(recipe.training.before)
-    histories = {
-        entity_id: known
-        for entity_id, history in log.histories.items()
-        if entity_id not in held_out
-        and (known := [e for e in history if before is None or e.occurred_at < before])
-    }
+    histories = _learnt_from(log, recipe)
     renderer = Renderer(schema, recipe.rendering, learn_buckets(schema, histories.values()))
     policy = recipe.window.model_copy(update={"max_chapter_tokens": max_events})
     return [
@@ -55,6 +52,7 @@ def training_texts(
             first_event=chapter.events[0].event_id,
             last_event=chapter.events[-1].event_id,
             until=chapter.events[-1].occurred_at,
+            events=chapter.events,
             header=renderer.header,
             lines=tuple(line.text for line in renderer.lines(chapter.events)),
             rendering_sha256=renderer.sha256,
@@ -64,6 +62,32 @@ def training_texts(
     ]
 
 
-def _in_utc(moment: datetime | None) -> datetime | None:
-    naive = moment is not None and moment.tzinfo is None
-    return moment.replace(tzinfo=UTC) if moment is not None and naive else moment
+def other_renderers(
+    log: EventLog, schema: EventSchema, recipe: Recipe, *, styles: Sequence[str] | None = None
+) -> dict[str, Renderer]:
+    """Every format but the recipe's own, with what is learnt from the same histories.
+
+    Raises ConfigError for a style that is no such format.
+    """
+    formats = [name for name in FORMATS if name != recipe.rendering.format]
+    unknown = [name for name in styles or () if name not in formats]
+    if unknown:
+        raise ConfigError(
+            "style", f"{unknown[0]!r} is written by no rule", f"choose from: {', '.join(formats)}"
+        )
+    buckets = learn_buckets(schema, _learnt_from(log, recipe).values())
+    return {
+        name: Renderer(schema, recipe.rendering.model_copy(update={"format": name}), buckets)
+        for name in styles or formats
+    }
+
+
+def _learnt_from(log: EventLog, recipe: Recipe) -> dict[str, list[Event]]:
+    held_out = held_out_entities(log.histories, recipe.training.held_out_share)
+    before = in_utc(recipe.training.before)
+    return {
+        entity_id: known
+        for entity_id, history in log.histories.items()
+        if entity_id not in held_out
+        and (known := [e for e in history if before is None or e.occurred_at < before])
+    }

@@ -73,6 +73,7 @@ class Corpus:
 
     train: tuple[TrainingChapter, ...]
     held_out: tuple[TrainingChapter, ...]
+    enriched: tuple[NDArray[np.int64], ...] = ()  # ids of texts without a header, to learn besides
     too_long: int  # events whose line alone is longer than a chapter may be
 
     @property

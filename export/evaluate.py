@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,8 @@ class View:
 class Request:
     """What to evaluate, on what, and how hard to look.
 
-    `beside` are views of other entities, judged alone and together with the first.
+    `beside` are views of other entities, judged alone and together with the first. `choices` are
+    the names of the features that are scored; all, without it.
     """
 
     bundle: Path
@@ -90,6 +91,7 @@ class Request:
     folds: int = 5
     repeats: int = 0
     scorers: tuple[ScorerName, ...] = ("lightgbm", "logistic")
+    choices: tuple[str, ...] | None = None
     coles: bool = False
     resamples: int = 1000
     seed: int = 42
@@ -144,11 +146,11 @@ class Evaluated:
     sizes: Mapping[str, tuple[tuple[int, float], ...]]  # training entities -> ROC-AUC
     seconds: float
 
-    def best(self, features: str) -> Score:
-        """Give the better scorer's result for a choice of features."""
+    def best(self, features: str, *, by: Literal["auc", "ap"] = "auc") -> Score:
+        """Give the better scorer's result for a choice of features, by ROC-AUC or precision."""
         return max(
             (score for score in self.scores if score.features == features),
-            key=lambda score: score.roc_auc.mean,
+            key=lambda score: (score.roc_auc if by == "auc" else score.average_precision).mean,
         )
 
     @property
@@ -183,6 +185,7 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
     scores = [
         _score(scene, features, scorer, (judge, repeats), threads=request.threads)
         for features in choices
+        if request.choices is None or features.name in request.choices
         for scorer in request.scorers
         if scorer == "logistic" or not features.sparse
     ]

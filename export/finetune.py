@@ -75,6 +75,8 @@ def train(
 ) -> Trained:
     """Train `model` in place on the header (H,) and each chapter; weights stay fp32, seeded.
 
+    Enriched texts, where the corpus has them, are chapters like the others, without the header.
+
     `checkpoints` is a folder of this run alone: what it holds is gone on with, after a kill.
     With `patience` the weights of the best held-out loss are kept. Raises LLM4ESError where the
     loss is no longer finite.
@@ -86,7 +88,7 @@ def train(
         trainer = Trainer(
             model=trained_model,
             args=_arguments(recipe, checkpoints, judged=judged),
-            train_dataset=_Chapters(header, corpus.train),
+            train_dataset=_Chapters(header, corpus.train, bare=corpus.enriched),
             eval_dataset=_Chapters(header, corpus.held_out) if judged else None,
             data_collator=collate,
             callbacks=[_Bar(console, collate)],
@@ -226,17 +228,27 @@ def mean_nats(
 
 
 class _Chapters(Dataset[dict[str, list[int]]]):
-    """Header and chapter as `input_ids`; `labels` leave the header out of the loss."""
+    """Header and chapter as `input_ids`; `labels` leave the header out of the loss.
 
-    def __init__(self, header: NDArray[np.int64], chapters: Sequence[TrainingChapter]) -> None:
+    `bare` are ids (T,) that stand alone, their first token not predicted.
+    """
+
+    def __init__(
+        self,
+        header: NDArray[np.int64],
+        chapters: Sequence[TrainingChapter],
+        *,
+        bare: Sequence[NDArray[np.int64]] = (),
+    ) -> None:
         front = header.tolist()
-        self._items = [
+        self._items: list[dict[str, list[int]]] = [
             {
                 "input_ids": [*front, *chapter.tokens.ids.tolist()],
                 "labels": [*([_IGNORED] * len(front)), *chapter.tokens.ids.tolist()],
             }
             for chapter in chapters
         ]
+        self._items += [{"input_ids": text.tolist(), "labels": text.tolist()} for text in bare]
 
     def __len__(self) -> int:
         return len(self._items)

@@ -44,7 +44,8 @@ _TRAIN, _TEST = "train", "test"
 class LabelColumns:
     """Names of a label file's columns; None is looked for under its usual names.
 
-    `known` is when a label became known, `only` a boolean column whose rows are kept.
+    `known` is when a label became known, `only` a boolean column whose rows are kept. `positive`
+    is the value of the label that counts as 1, all others as 0; without it they are 0 and 1.
     """
 
     entity: str | None = None
@@ -55,6 +56,7 @@ class LabelColumns:
     split: str | None = None
     known: str | None = None
     only: str | None = None
+    positive: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ def read_task(
         raise ConfigError("labels", "events at no time are to be included", "name a time column")
     bare = Task(
         kind=found,
-        name=columns.label,
+        name=columns.label if columns.positive is None else f"{columns.label}={columns.positive}",
         entity_ids=entity_ids,
         labels=table.labels(),
         weights=table.weights(),
@@ -220,11 +222,13 @@ class _Table:
 
     def labels(self) -> NDArray[np.int8]:
         values = self.values(self._columns.label)
+        if (positive := self._columns.positive) is not None:
+            values = [int(str(value) == positive) for value in values]
         if set(values) != {0, 1}:
             raise ConfigError(
                 "labels",
                 f"column {self._columns.label!r} is not of 0 and 1, both",
-                "map it to 0, 1",
+                "say which value counts as 1 (positive), or map it",
             )
         return np.array(values, dtype=np.int8)
 

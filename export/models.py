@@ -154,7 +154,8 @@ def start_from_counts(
     if components < 1:
         return
     weighed = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
-    svd = TruncatedSVD(components, random_state=seed).fit(weighed)
+    with np.errstate(invalid="ignore"):  # a share of no variance, where all entities are alike
+        svd = TruncatedSVD(components, random_state=seed).fit(weighed)
     found = svd.components_.T * np.sqrt(svd.singular_values_)  # (vocabulary, components)
     spread = float(table.detach().std())
     with torch.no_grad():

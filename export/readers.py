@@ -1,7 +1,8 @@
 """Readers: a causal model with the way text becomes its ids, from nothing or from elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +47,18 @@ def open_reader(
     renderer: Renderer,
     histories: Sequence[Sequence[Event]],
     tokenizer_file: Path,
+    *,
+    more_lines: Iterable[str] = (),
 ) -> Reader:
     """Load the recipe's model, or make one with a tokenizer trained on `histories`.
+
+    `more_lines` are of other formats: a tokenizer that is trained knows them too.
 
     The tokenizer is written to `tokenizer_file` and read back from there, as a bundle's is.
     Raises ConfigError.
     """
     if recipe.model is None:
-        return _from_scratch(recipe, renderer, histories, tokenizer_file)
+        return _from_scratch(recipe, renderer, histories, tokenizer_file, more_lines)
     return _existing(load_pretrained(recipe.model), recipe, renderer, tokenizer_file)
 
 
@@ -84,6 +89,7 @@ def _from_scratch(
     renderer: Renderer,
     histories: Sequence[Sequence[Event]],
     tokenizer_file: Path,
+    more_lines: Iterable[str],
 ) -> Reader:
     lines = (
         line.text
@@ -92,7 +98,7 @@ def _from_scratch(
         for line in renderer.lines(chapter)
     )
     made = train_tokenizer(
-        lines,
+        chain(lines, more_lines),
         renderer.header,
         separators=renderer.separators,
         vocabulary=recipe.new_shape.vocabulary,

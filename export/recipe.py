@@ -5,10 +5,10 @@ docs/method.md has the numbers.
 """
 
 import math
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "Shape",
     "Training",
+    "in_utc",
     "load_recipe",
     "recipe_text",
     "shipped_recipes",
@@ -142,6 +143,18 @@ class Recipe(FrozenModel):
         training = self.training.model_dump() | {k: v for k, v in given.items() if v is not None}
         document = self.model_dump() | {"training": training}
         return _validate(document | ({} if model is None else {"model": model}), "recipe")
+
+
+@overload
+def in_utc(moment: datetime) -> datetime: ...
+@overload
+def in_utc(moment: None) -> None: ...
+@overload
+def in_utc(moment: datetime | None) -> datetime | None: ...
+def in_utc(moment: datetime | None) -> datetime | None:
+    """Read a recipe's time without a zone as UTC."""
+    naive = moment is not None and moment.tzinfo is None
+    return moment.replace(tzinfo=UTC) if moment is not None and naive else moment
 
 
 def shipped_recipes() -> list[str]:

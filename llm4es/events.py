@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -25,6 +25,7 @@ __all__ = [
     "EARLIEST_TIME",
     "EPOCH",
     "LATEST_TIME",
+    "NO_OFFSETS",
     "Event",
     "EventKey",
     "FieldValue",
@@ -34,6 +35,7 @@ __all__ = [
     "decode_object",
     "entity_hash",
     "entity_id_of",
+    "entity_id_of_key",
     "parse_document",
     "parse_event",
 ]
@@ -56,6 +58,9 @@ class TopicPartition(NamedTuple):
 
     topic: str
     partition: int
+
+
+NO_OFFSETS: Final[Mapping[TopicPartition, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +123,16 @@ def entity_id_of(document: Mapping[str, Any], field: str) -> str:
     if field not in document or document[field] is None:
         raise InvalidEvent(field, "the entity id is missing")
     return _identifier(field, document[field])
+
+
+def entity_id_of_key(key: bytes | None) -> str:
+    """Read an entity's id from a record's key, as a tombstone has it. Raises InvalidEvent."""
+    if key is None:
+        raise InvalidEvent("key", "the entity id is missing")
+    try:
+        return _identifier("key", key.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidEvent("key", f"is no UTF-8 ({error.reason})") from error
 
 
 def parse_event(

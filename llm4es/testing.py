@@ -7,9 +7,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
-from llm4es.errors import NonFiniteEmbedding
-from llm4es.events import Record, TopicPartition
+from llm4es.deletion import Tombstone
+from llm4es.errors import NonFiniteEmbedding, StoreLost
+from llm4es.events import NO_OFFSETS, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow, SumsLayout, token_weights
 from llm4es.rendering import Renderer, RenderingSpec
 from llm4es.schema import EventSchema
@@ -198,6 +200,9 @@ class ScriptedLog:
         """Read on from there."""
         self._positions.update(positions)
 
+    def keep_alive(self) -> None:
+        """No group, so nobody to show it."""
+
     def remaining(self) -> int | None:
         """Records still to come."""
         return sum(
@@ -210,26 +215,81 @@ class ScriptedLog:
 
 
 class MemorySink:
-    """Offline rows in a list and online rows in a mapping that never goes back in time."""
+    """Offline rows in a list and online rows in a mapping that never goes back in time.
 
-    def __init__(self) -> None:
+    `noting=False` is a store that cannot note which offsets its rows stand for.
+    """
+
+    def __init__(self, *, noting: bool = True) -> None:
+        self._noting = noting
         self.offline: list[FeatureRow] = []
         self.online: dict[str, FeatureRow] = {}
+        self.reached: dict[TopicPartition, int] = {}
+        self._losses = 0
+        self.deleted: dict[str, datetime] = {}
 
     def journal(self, rows: Sequence[FeatureRow]) -> None:
         """Append."""
-        self.offline += rows
+        self.offline += filter(self._kept, rows)
 
-    def publish(self, rows: Sequence[FeatureRow]) -> None:
+    def lose(self) -> None:
+        """Lose all that is online."""
+        self.online.clear()
+        self.reached.clear()
+        self._losses += 1
+
+    def publish(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        reached: Mapping[TopicPartition, int] = NO_OFFSETS,
+        held: Mapping[TopicPartition, int] = NO_OFFSETS,
+    ) -> None:
         """Take each row that is newer than the one that stands."""
-        for row in rows:
+        self._take(rows)
+        if any(self.reached.get(tp, 0) < at for tp, at in held.items()):
+            raise StoreLost("the online store has lost rows")
+        for tp, at in reached.items():
+            self.reached[tp] = max(at, self.reached.get(tp, 0))
+
+    def republish(
+        self, batches: Iterable[Sequence[FeatureRow]], reached: Mapping[TopicPartition, int]
+    ) -> None:
+        """Take each batch, then the offsets."""
+        losses = self._losses
+        for rows in batches:
+            self._take(rows)
+        if losses != self._losses:
+            raise StoreLost("the online store has lost rows while they were published again")
+        self.publish((), reached=reached)
+
+    def published(self, topic: str) -> Mapping[TopicPartition, int] | None:
+        """Offsets that the rows online stand for."""
+        if not self._noting:
+            return None
+        return {tp: at for tp, at in self.reached.items() if tp.topic == topic}
+
+    def _take(self, rows: Sequence[FeatureRow]) -> None:
+        for row in filter(self._kept, rows):
             known = self.online.get(row.entity_id)
             if known is None or known.as_of < row.as_of:
                 self.online[row.entity_id] = row
 
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Drop what is there, and what comes late."""
+        for each in tombstones:
+            known = self.deleted.get(each.entity_id, each.as_of)
+            self.deleted[each.entity_id] = max(known, each.as_of)
+        self.offline = [row for row in self.offline if self._kept(row)]
+        self.online = {key: row for key, row in self.online.items() if self._kept(row)}
+
     def read(self, entity_ids: Sequence[str]) -> Sequence[FeatureRow | None]:
         """Online rows."""
         return [self.online.get(entity_id) for entity_id in entity_ids]
+
+    def _kept(self, row: FeatureRow) -> bool:
+        deleted = self.deleted.get(row.entity_id)
+        return deleted is None or row.as_of > deleted
 
     def close(self) -> None:
         """Nothing to let go."""
@@ -253,10 +313,10 @@ class Interrupted:
         return self._call(found) if name == self._method else found
 
     def _call(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: object) -> object:
+        def call(*args: object, **named: object) -> object:
             for happening in islice(self._happenings, 1):
                 happening()
-            return method(*args)
+            return method(*args, **named)
 
         return call
 
@@ -274,10 +334,14 @@ class Boundaries:
         self.reached: Counter[str] = Counter()
 
     def reach(self, name: str) -> None:
-        """Pass the boundary, or raise Crash."""
+        """Pass the boundary, or crash."""
         self.reached[name] += 1
         if name == self._name and self.reached[name] == self._occurrence:
-            raise Crash(name)
+            self.crash(name)
+
+    def crash(self, name: str) -> NoReturn:
+        """Raise Crash; a process of its own may do worse."""
+        raise Crash(name)
 
 
 class Crashing:
@@ -295,9 +359,9 @@ class Crashing:
         return self._block(name, found) if name == "begin" else self._call(name, found)
 
     def _call(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: object) -> object:
+        def call(*args: object, **named: object) -> object:
             self._boundaries.reach(f"before {name}")
-            result = method(*args)
+            result = method(*args, **named)
             self._boundaries.reach(f"after {name}")
             return result
 

@@ -110,6 +110,11 @@ class ChapterTokenizer:
             owners=np.fromiter((o for line in lines for o in line.owners), np.int64, sum(counts)),
         )
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that is no event's line: what a model was trained on besides."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def _tokenize(self, line: "Line") -> _TokenizedLine:
         encoding = self._tokenizer.encode(line.text, add_special_tokens=False)
         owners = []

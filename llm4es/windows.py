@@ -34,6 +34,7 @@ __all__ = [
     "Window",
     "WindowPolicy",
     "add_sums",
+    "bury",
     "cut_chapters",
     "fold",
     "is_anchor",
@@ -121,6 +122,11 @@ class Window:
         return self.chapters[-1].last[0] if self.chapters else None
 
     @property
+    def deleted(self) -> bool:
+        """Whether a tombstone left it, and no event has come since."""
+        return self.as_of is not None and not self.chapters and self.sealed is None
+
+    @property
     def last_event(self) -> Event | None:
         """The newest event; the open chapter's events are never forgotten."""
         return self.chapters[-1].events[-1] if self.chapters else None
@@ -132,6 +138,7 @@ class Outcome(StrEnum):
     ACCEPTED = "accepted"
     DUPLICATE = "duplicate"
     LATE = "late"
+    DELETED = "deleted"  # a tombstone, not an event: the history is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,10 +163,16 @@ def is_anchor(event_id: str, chapter_events: int) -> bool:
     return int.from_bytes(digest, "big") % chapter_events == 0
 
 
-def next_as_of(recorded_at: datetime, occurred_at: datetime, previous: datetime | None) -> datetime:
-    """When the platform knew of an event: after it, not before the log, and rising."""
+def next_as_of(
+    recorded_at: datetime, occurred_at: datetime | None, previous: datetime | None
+) -> datetime:
+    """When the platform knew of an event: after it, not before the log, and rising.
+
+    A tombstone has no `occurred_at`.
+    """
     floor = previous + _MICROSECOND if previous is not None else _DISTANT_PAST
-    return max(recorded_at, occurred_at + _MICROSECOND, floor)
+    after = occurred_at + _MICROSECOND if occurred_at is not None else _DISTANT_PAST
+    return max(recorded_at, after, floor)
 
 
 def cut_chapters(
@@ -199,6 +212,18 @@ def fold(
     if not EPOCH <= as_of < LATEST_TIME:
         raise _outside(as_of)
     return Folded(window=replace(window, chapters=chapters, as_of=as_of), outcome=Outcome.ACCEPTED)
+
+
+def bury(window: Window, *, recorded_at: datetime) -> Window:
+    """Delete a history: what stays is what keeps it from coming back.
+
+    That is its version, coordinates and `as_of`, which rises as for an event. Later events make
+    a new history. Raises InvalidEvent for an `as_of` that no store could keep.
+    """
+    as_of = next_as_of(recorded_at, None, window.as_of)
+    if not EPOCH <= as_of < LATEST_TIME:
+        raise _outside(as_of)
+    return replace(window, as_of=as_of, sealed=None, chapters=())
 
 
 def visible_chapters(window: Window, policy: WindowPolicy) -> range:

@@ -3,13 +3,15 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from llm4es.bundle import Bundle, load_bundle
-from llm4es.engine import OnnxEmbedder, open_embedder
+from llm4es.deletion import DeletionKey
+from llm4es.engine import open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
@@ -19,7 +21,7 @@ from stream_worker.log_checks import (
     refuse_other_topic,
 )
 from stream_worker.metrics import Metrics
-from stream_worker.ports import DeadLetters, RecordSource, WindowStore
+from stream_worker.ports import DeadLetters, Embedder, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
@@ -28,20 +30,19 @@ from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
-__all__ = ["Assembled", "assembled", "open_window_store"]
+__all__ = ["Assembled", "assembled", "assembled_around", "open_window_store"]
 
 log = logging.getLogger(__name__)
 
 _SAMPLE = 50  # records per partition that are looked at before the topic is trusted
 
 
+@dataclass(frozen=True, slots=True)
 class Assembled:
     """A worker and the parts that a display asks."""
 
-    def __init__(self, worker: Worker, parts: Parts, embedder: OnnxEmbedder) -> None:
-        self.worker = worker
-        self.parts = parts
-        self.embedder = embedder
+    worker: Worker
+    parts: Parts
 
 
 @contextmanager
@@ -51,21 +52,9 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
     What is cheap to check comes first: bundle, then view, then log. Raises ConfigError,
     BundleMismatch, SourceUnavailable or SinkUnavailable.
     """
-    with ExitStack() as stack:
-        bundle = load_bundle(settings.bundle)
-        sink = open_sink(
-            settings.feature_repo,
-            bundle,
-            config_file=settings.feature_store_file,
-            writer_id=f"{socket.gethostname()}-{os.getpid()}",
-            roll_rows=settings.journal_roll_rows,
-            roll_s=settings.journal_roll_s,
-        )
-        stack.callback(sink.close)
-        store = open_window_store(settings, bundle)
-        stack.callback(store.close)
-        source, dead_letters = _open_log(settings, bundle, sink, stack)
-        _refuse_unfit_log(source, store, bundle)
+    stack = ExitStack()
+
+    def open_model(bundle: Bundle) -> Embedder:
         embedder = open_embedder(
             bundle,
             device=settings.device,
@@ -82,18 +71,55 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
             bundle.manifest.entity,
             embedder.providers[0],
         )
-        parts = Parts(
-            bundle=bundle,
-            source=source,
-            store=store,
-            embedder=embedder,
-            sink=sink,
-            dead_letters=dead_letters,
-            metrics=Metrics(),
+        return embedder
+
+    with stack:
+        bundle = load_bundle(settings.bundle)
+        yield stack.enter_context(assembled_around(settings, bundle, open_model))
+
+
+@contextmanager
+def assembled_around(
+    settings: WorkerSettings,
+    bundle: Bundle,
+    open_model: Callable[[Bundle], Embedder],
+    *,
+    wrap: Callable[[Parts], Parts] = lambda parts: parts,
+) -> Iterator[Assembled]:
+    """Build a worker around a bundle that is loaded and a model of one's own.
+
+    `wrap` may put something around the parts, as fault tests do. Raises as `assembled`.
+    """
+    with ExitStack() as stack:
+        sink = open_sink(
+            settings.feature_repo,
+            bundle,
+            config_file=settings.feature_store_file,
+            writer_id=f"{socket.gethostname()}-{os.getpid()}",
+            roll_rows=settings.journal_roll_rows,
+            roll_s=settings.journal_roll_s,
+            deletion_key=_deletion_key(settings),
+            deletion_guard_s=settings.deletion_guard_s,
+        )
+        stack.callback(sink.close)
+        store = open_window_store(settings, bundle)
+        stack.callback(store.close)
+        source, dead_letters = _open_log(settings, bundle, sink, stack)
+        _refuse_unfit_log(source, store, bundle)
+        parts = wrap(
+            Parts(
+                bundle=bundle,
+                source=source,
+                store=store,
+                embedder=open_model(bundle),
+                sink=sink,
+                dead_letters=dead_letters,
+                metrics=Metrics(),
+            )
         )
         if settings.metrics_port is not None:
             parts.metrics.serve(settings.metrics_port)
-        yield Assembled(Worker(parts, _policy(settings)), parts, embedder)
+        yield Assembled(Worker(parts, _policy(settings)), parts)
 
 
 def open_window_store(
@@ -106,9 +132,14 @@ def open_window_store(
     url = settings.window_store.get_secret_value()
     scheme, _, rest = url.partition(":")
     if scheme == "sqlite":
-        return SqliteWindowStore(Path(rest.removeprefix("//")), bundle.id, read_only=read_only)
+        return SqliteWindowStore(
+            Path(rest.removeprefix("//")),
+            bundle.id,
+            read_only=read_only,
+            deletion_key=_deletion_key(settings),
+        )
     if scheme in {"redis", "rediss", "unix"}:
-        return RedisWindowStore(url, bundle.id)
+        return RedisWindowStore(url, bundle.id, deletion_key=_deletion_key(settings))
     raise ConfigError(
         "window_store",
         "its scheme is none of sqlite, redis, rediss and unix",
@@ -161,6 +192,11 @@ def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) 
     refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
 
 
+def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:
+    secret = settings.deletion_key
+    return None if secret is None else DeletionKey(secret.get_secret_value())
+
+
 def _policy(settings: WorkerSettings) -> WorkerPolicy:
     keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
     delay = timedelta(milliseconds=settings.availability_delay_ms)
@@ -168,8 +204,13 @@ def _policy(settings: WorkerSettings) -> WorkerPolicy:
         max_records=settings.max_records,
         poll_timeout_s=settings.poll_timeout_ms / 1000,
         max_value_bytes=settings.max_value_bytes,
+        max_batch_tokens=settings.max_batch_tokens,
+        drain_s=min(settings.drain_timeout_ms, settings.max_poll_interval_ms / 2) / 1000,
+        retry_budget_s=settings.sink_retry_ms / 1000,
+        hot_events=settings.hot_window_events,
         availability_delay=None if keeps_timestamps else delay,
         every_event=settings.every_event,
+        deletes=settings.deletion_key is not None,
         until_end=settings.until_end,
         unproven_start=settings.unproven_start,
     )

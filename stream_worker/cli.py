@@ -34,6 +34,21 @@ def main() -> None:
     app(prog_name="stream_worker")
 
 
+def _is_secret(field: FieldInfo) -> bool:
+    """Whether a setting is nothing but a secret: no flag, for others would see it in `ps`."""
+    return field.annotation == SecretStr | None
+
+
+def _secrets() -> str:
+    """What `--help` says of them."""
+    told = [
+        f"{ENV_PREFIX}{name.upper()} ({field.description})"
+        for name, field in WorkerSettings.model_fields.items()
+        if _is_secret(field)
+    ]
+    return f"Secrets are read from the environment, or the file: {'; '.join(told)}."
+
+
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kind = str if field.annotation is SecretStr else field.annotation
     default = field.default
@@ -68,7 +83,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     )
 
     def wrapped(**given: Any) -> None:  # noqa: ANN401 - typer has checked the types
-        flags = {name: given.pop(name) for name in WorkerSettings.model_fields}
+        flags = {name: given.pop(name) for name in WorkerSettings.model_fields if name in given}
         try:
             settings = load_settings(flags, given.pop("config"))
         except SettingsProblem as problem:
@@ -76,9 +91,13 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         with _refusing():
             command(settings, **given)
 
-    options = [_option(name, field) for name, field in WorkerSettings.model_fields.items()]
+    options = [
+        _option(name, field)
+        for name, field in WorkerSettings.model_fields.items()
+        if not _is_secret(field)
+    ]
     wrapped.__signature__ = inspect.Signature([*own, config, *options])  # type: ignore[attr-defined]
-    wrapped.__doc__ = command.__doc__
+    wrapped.__doc__ = f"{command.__doc__}\n\n{_secrets()}"
     wrapped.__name__ = command.__name__
     return wrapped
 

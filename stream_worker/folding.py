@@ -6,9 +6,17 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from llm4es.bundle import Bundle
+from llm4es.deletion import Tombstone
 from llm4es.errors import InvalidEvent
-from llm4es.events import Event, Record, TopicPartition, coordinates_id, parse_event
-from llm4es.windows import Outcome, Window, fold
+from llm4es.events import (
+    Event,
+    Record,
+    TopicPartition,
+    coordinates_id,
+    entity_id_of_key,
+    parse_event,
+)
+from llm4es.windows import Outcome, Window, bury, fold
 from stream_worker.ports import DeadLetter
 
 __all__ = ["Coordinates", "Folding", "RecordFolder", "coordinates_of"]
@@ -26,7 +34,24 @@ class Folding:
     changed: set[str] = field(default_factory=set)
     accepted: dict[str, list[tuple[Record, Event]]] = field(default_factory=dict)
     outcomes: Counter[Outcome] = field(default_factory=Counter)
+    tombstones: dict[str, Tombstone] = field(default_factory=dict)
     redelivered: int = 0
+
+    def delete(self, window: Window) -> None:
+        """Take an entity's states out: no row at or before its tombstone may be published."""
+        if window.as_of is not None:
+            self.tombstones[window.entity_id] = Tombstone(
+                entity_id=window.entity_id, as_of=window.as_of
+            )
+        self.states = [state for state in self.states if state.entity_id != window.entity_id]
+        self.accepted.pop(window.entity_id, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Deletion:
+    """What a record without a value asks for."""
+
+    entity_id: str
 
 
 def coordinates_of(record: Record) -> Coordinates:
@@ -38,7 +63,8 @@ class RecordFolder:
     """Folds batches into windows of one bundle.
 
     `availability_delay` is how long after it occurred an event is known, where the log keeps no
-    timestamps; None where it keeps them: a record without one is bad then.
+    timestamps; None where it keeps them: a record without one is bad then. Without `deletes` (no
+    key is set for what deletion leaves) a tombstone is a bad record.
     """
 
     def __init__(
@@ -48,11 +74,13 @@ class RecordFolder:
         max_value_bytes: int,
         availability_delay: timedelta | None,
         every_event: bool,
+        deletes: bool = False,
     ) -> None:
         self._bundle = bundle
         self._max_value_bytes = max_value_bytes
         self._availability_delay = availability_delay
         self._every_event = every_event
+        self._deletes = deletes
 
     def fold(
         self,
@@ -62,7 +90,7 @@ class RecordFolder:
     ) -> Folding:
         """Fold what is no duplicate and not late; what is bad, or poison, becomes a letter."""
         letters: list[DeadLetter] = []
-        parsed: list[tuple[Record, Event]] = []
+        parsed: list[tuple[Record, Event | _Deletion]] = []
         for record in records:
             try:
                 if (cause := poison.get(coordinates_of(record))) is not None:
@@ -85,7 +113,7 @@ class RecordFolder:
         """Give the window that the event alone would make."""
         return self._fold_into(Window(entity_id=event.entity_id), record, event)[0]
 
-    def _fold_one(self, folding: Folding, record: Record, event: Event) -> None:
+    def _fold_one(self, folding: Folding, record: Record, event: Event | _Deletion) -> None:
         window = folding.windows[event.entity_id]
         if window.topic is not None and (window.topic, window.partition) != record.topic_partition:
             raise InvalidEvent(
@@ -105,12 +133,18 @@ class RecordFolder:
             next_offset=record.offset + 1,
         )
         folding.changed.add(event.entity_id)
-        if outcome is Outcome.ACCEPTED:
+        if isinstance(event, _Deletion):
+            folding.delete(folding.windows[event.entity_id])
+        elif outcome is Outcome.ACCEPTED:
             folding.accepted.setdefault(event.entity_id, []).append((record, event))
             if self._every_event:
                 folding.states.append(folding.windows[event.entity_id])
 
-    def _fold_into(self, window: Window, record: Record, event: Event) -> tuple[Window, Outcome]:
+    def _fold_into(
+        self, window: Window, record: Record, event: Event | _Deletion
+    ) -> tuple[Window, Outcome]:
+        if isinstance(event, _Deletion):
+            return bury(window, recorded_at=self._recorded_at(record, None)), Outcome.DELETED
         folded = fold(
             window,
             event,
@@ -120,9 +154,13 @@ class RecordFolder:
         )
         return folded.window, folded.outcome
 
-    def _parse(self, record: Record) -> Event:
+    def _parse(self, record: Record) -> Event | _Deletion:
         if record.value is None:
-            raise InvalidEvent("value", "is null: this version cannot delete an entity yet")
+            if not self._deletes:
+                raise InvalidEvent(
+                    "value", "is null, a tombstone: set deletion_key and produce it again"
+                )
+            return _Deletion(entity_id_of_key(record.key))
         if len(record.value) > self._max_value_bytes:
             raise InvalidEvent(
                 "value", f"{len(record.value)} bytes, max_value_bytes is {self._max_value_bytes}"
@@ -137,9 +175,9 @@ class RecordFolder:
             raise InvalidEvent("key", "is not the entity's id in UTF-8")
         return event
 
-    def _recorded_at(self, record: Record, event: Event) -> datetime:
+    def _recorded_at(self, record: Record, event: Event | None) -> datetime:
         if record.timestamp is not None:
             return record.timestamp
-        if self._availability_delay is None:
+        if self._availability_delay is None or event is None:
             raise InvalidEvent("timestamp", "the record has none, or one that is no time")
         return event.occurred_at + self._availability_delay

@@ -64,6 +64,12 @@ def show_entity(settings: WorkerSettings, entity_id: str, *, as_json: bool) -> N
                 f"the window store holds no {bundle.manifest.entity} of that id",
                 "look at the id, and at --window-store and --bundle",
             )
+        if window.deleted:
+            raise ConfigError(
+                "entity",
+                f"was deleted by a tombstone as of {window.as_of}, and has had no event since",
+                "there is nothing to show",
+            )
         reader = open_reader(settings.feature_repo, bundle, config_file=settings.feature_store_file)
         stack.callback(reader.close)
         online = reader.read([entity_id])[0]

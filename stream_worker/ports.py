@@ -1,16 +1,16 @@
 """The five protocols that the worker is made of. Each docstring is the contract."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import InvalidEvent
-from llm4es.events import Record, TopicPartition
+from llm4es.events import NO_OFFSETS, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow
 from llm4es.windows import Window
 
@@ -32,7 +32,6 @@ __all__ = [
 
 
 Timestamps = Literal["log_append", "create_bounded", "create", "none"]
-NO_OFFSETS: Final[Mapping[TopicPartition, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +107,13 @@ class RecordSource(Protocol):
         """Read on from there."""
         ...
 
+    def keep_alive(self) -> None:
+        """Show the group that we live, in the middle of a batch; nothing is read.
+
+        Raises Fenced where partitions were taken away: the batch is no longer ours to finish.
+        """
+        ...
+
     def remaining(self) -> int | None:
         """Records between here and the end of the assigned partitions; None before assignment.
 
@@ -142,7 +148,8 @@ class WindowStore(Protocol):
     `begin` gives a block: leaving it writes the windows, each by compare-and-set on its version,
     then the offsets; an exception inside it writes nothing. Raises Fenced where another worker
     has written a window meanwhile, SinkUnavailable where the store cannot be reached, ConfigError
-    where it is no window store or refuses us.
+    where it is no window store or refuses us. A window that is `deleted` is kept under a keyed
+    hash of its entity's id, and its id nowhere, until the entity has events again.
     """
 
     def begin(
@@ -157,6 +164,10 @@ class WindowStore(Protocol):
 
     def read(self, entity_id: str) -> Window | None:
         """Read one window outside of any batch."""
+        ...
+
+    def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
+        """Give every window of these partitions, in no order; it looks at all there are."""
         ...
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
@@ -209,13 +220,42 @@ class FeatureSink(Protocol):
         """Return when the rows are durable in the offline log; several per entity may come."""
         ...
 
-    def publish(self, rows: Sequence[FeatureRow]) -> None:
+    def publish(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        reached: Mapping[TopicPartition, int] = NO_OFFSETS,
+        held: Mapping[TopicPartition, int] = NO_OFFSETS,
+    ) -> None:
         """Return only when every row is readable online, or superseded by a newer one.
 
         At most one row per entity. Idempotent: writing the same rows again changes nothing.
         Rows survive what the window store survives, where that is the sink's to say. Checks
-        dimension and finiteness itself (Feast does not). Raises SinkUnavailable (retry
-        after `retry_after_s`), SinkRejected (our bug: stop).
+        dimension and finiteness itself (Feast does not). `reached` is the log's next offsets
+        that the rows stand for, noted behind them; `held` what was seen there before. Raises
+        SinkUnavailable (retry after `retry_after_s`), StoreLost (less than `held` is there),
+        SinkRejected (our bug: stop).
+        """
+        ...
+
+    def republish(
+        self, batches: Iterable[Sequence[FeatureRow]], reached: Mapping[TopicPartition, int]
+    ) -> None:
+        """Publish all current rows of some partitions, in batches, and note `reached` behind them.
+
+        Raises as `publish` does; StoreLost where the store loses what it holds meanwhile.
+        """
+        ...
+
+    def published(self, topic: str) -> Mapping[TopicPartition, int] | None:
+        """Next offsets that rows online stand for; None where the store cannot note any."""
+        ...
+
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Return when no row of these entities at or before `as_of` can be read any more.
+
+        Nor comes one back: `journal` and `publish` leave such rows out from now on, in every
+        process that writes here. A newer row stays. Idempotent. Raises SinkUnavailable.
         """
         ...
 

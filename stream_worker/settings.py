@@ -70,11 +70,29 @@ class WorkerSettings(BaseSettings):
         SecretStr("sqlite:build/state/windows.db"),
         description="sqlite:PATH for one worker, redis://... for a group",
     )
+    deletion_key: SecretStr | None = Field(
+        None, description="Hashes ids of deleted entities; tombstones are bad records without it"
+    )
+    deletion_guard_s: float = Field(
+        7 * 86_400.0, gt=0, description="How long a deleted entity's timestamp stays online"
+    )
     state_dir: Path = Field(
         Path("build/state"), description="Folder of dead-letters.jsonl, with --source file"
     )
 
     max_records: int = Field(512, ge=1, description="Records of one batch at most")
+    max_batch_tokens: int = Field(
+        65_536, ge=1, description="Tokens given to the model at once at most"
+    )
+    drain_timeout_ms: int = Field(
+        10_000, ge=1, description="Longest time a batch holds up a rebalance of the group"
+    )
+    sink_retry_ms: int = Field(
+        5_000, ge=0, description="How long a sink that is away is tried before a batch is read anew"
+    )
+    hot_window_events: int = Field(
+        100_000, ge=0, description="Events of the windows kept in memory between batches"
+    )
     poll_timeout_ms: int = Field(200, ge=1, description="How long a poll waits for records")
     max_value_bytes: int = Field(1 << 20, ge=1, description="Larger records are dead letters")
     every_event: bool = Field(

@@ -2,34 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 from llm4es.bundle import Bundle
-from llm4es.errors import (
-    Fenced,
-    InvalidEvent,
-    NonFiniteEmbedding,
-    SinkUnavailable,
-    SourceUnavailable,
-    StoreLost,
-)
+from llm4es.errors import Fenced, SinkUnavailable, SourceUnavailable, StoreLost
 from llm4es.events import Record, TopicPartition
-from llm4es.features import FeatureRow, feature_row
-from llm4es.windows import Window, settle
-from stream_worker.folding import Coordinates, Folding, RecordFolder, coordinates_of
-from stream_worker.log_checks import refuse_changed_log, refuse_other_topic, start_positions
+from stream_worker.embedding import BatchReader
+from stream_worker.folding import RecordFolder
 from stream_worker.metrics import Metrics
-from stream_worker.ports import (
-    DeadLetters,
-    Embedder,
-    FeatureSink,
-    RecordSource,
-    WindowStore,
-    WindowTransaction,
-)
+from stream_worker.patience import Patience
+from stream_worker.placing import Places
+from stream_worker.ports import DeadLetters, Embedder, FeatureSink, RecordSource, WindowStore
+from stream_worker.window_store.hot import HotWindows
 
 __all__ = ["Parts", "Worker", "WorkerPolicy"]
 
@@ -56,8 +43,13 @@ class WorkerPolicy:
     max_records: int = 512
     poll_timeout_s: float = 0.2
     max_value_bytes: int = 1 << 20
+    max_batch_tokens: int = 65_536  # given to the model at once, and between two signs of life
+    drain_s: float = 10.0  # how long a batch may hold up a rebalance before it is given up
+    retry_budget_s: float = 5.0  # of a batch whose sink is away, before it is read again
+    hot_events: int = 100_000  # of the windows that are kept decoded
     availability_delay: timedelta | None = timedelta(0)  # None: the log keeps its own timestamps
     every_event: bool = False
+    deletes: bool = False  # tombstones delete; without a deletion key they are bad records
     until_end: bool = False
     unproven_start: bool = False
 
@@ -71,22 +63,40 @@ class Worker:
     """
 
     def __init__(self, parts: Parts, policy: WorkerPolicy) -> None:
-        self._bundle = parts.bundle
         self._source = parts.source
         self._store = parts.store
-        self._embedder = parts.embedder
         self._sink = parts.sink
         self._dead_letters = parts.dead_letters
         self._metrics = parts.metrics
         self._policy = policy
-        self._folder = RecordFolder(
+        self._patience = Patience(
+            policy.retry_budget_s, stopping=lambda: self._stopping, retried=parts.metrics.retried
+        )
+        self._hot = HotWindows(policy.hot_events)
+        folder = RecordFolder(
             parts.bundle,
             max_value_bytes=policy.max_value_bytes,
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
+            deletes=policy.deletes,
         )
-        self._held: dict[TopicPartition, int] = {}  # next offsets that the store has shown
-        self._unproven: set[tuple[str | None, int | None]] = set()
+        self._reader = BatchReader(
+            parts.bundle,
+            folder,
+            parts.embedder,
+            max_tokens=policy.max_batch_tokens,
+            between=self._show_life,
+        )
+        self._places = Places(
+            parts.source,
+            parts.store,
+            parts.sink,
+            self._hot,
+            rows=self._reader.rows,
+            between=self._show_life,
+            unproven_start=policy.unproven_start,
+        )
+        self._alive_at = 0.0
         self._lost = False
         self._stopping = False
 
@@ -96,160 +106,70 @@ class Worker:
 
     def run(self, on_batch: Callable[[], None] = lambda: None) -> None:
         """Work until stopped. `on_batch` is called after each poll, for a live display."""
-        self._source.subscribe(self)
+        self._source.subscribe(self._places)
         while not self._stopping:
             with self._waiting_out():
-                self._return_to_what_is_held()
+                if self._lost:
+                    self._places.return_to_what_is_held()
+                    self._lost = False
                 polled = self.step()
                 if not polled and self._policy.until_end and self._source.remaining() == 0:
+                    self._places.look(now=True)
                     return
             on_batch()
 
     def step(self) -> int:
         """Poll one batch and carry it through; the number of its records."""
+        self._alive_at = time.monotonic()
         records = self._source.poll(self._policy.max_records, self._policy.poll_timeout_s)
         if not records:
+            self._places.look()
             return 0
         polled_at = time.monotonic()
         try:
             self._carry_through(records, polled_at)
         except Exception:
+            self._hot.drop()  # what was written of the batch is not known
             self._rewind(records)
             raise
         self._source.commit(_next_offsets(records))  # 4. advisory: the windows decide
         self._metrics.batch(len(records), seconds=time.monotonic() - polled_at)
         return len(records)
 
-    def assigned(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
-        """Look whether the log is still the one the windows were folded from, and where to go on.
-
-        See DESIGN 4, "Stores may lose their tail" and "A log may change under us".
-        """
-        description = self._source.describe()
-        topic = description.identity.topic
-        refuse_other_topic(topic, self._store.topics())
-        refuse_changed_log(description, self._store.identity(topic))
-        stored = self._store.offsets(topic)
-        positions = start_positions(
-            description,
-            partitions,
-            stored=stored,
-            committed=self._source.committed(partitions),
-            unproven_start=self._policy.unproven_start,
-        )
-        unproven = {tp: at for tp, at in positions.items() if tp not in stored and at > 0}
-        self._store.remember(description.identity, unproven)
-        self._tell_unproven(self._store.unproven(topic), partitions)
-        self._held |= {tp: stored.get(tp, 0) for tp in partitions}
-        log.info("assigned: %s", ", ".join(f"{tp.partition}@{at}" for tp, at in positions.items()))
-        return positions
-
-    def revoked(self, partitions: Sequence[TopicPartition]) -> None:
-        """Another worker may own them now, so what the store holds of them is its concern."""
-        for tp in partitions:
-            self._held.pop(tp, None)
-        log.info("revoked: %s", ", ".join(str(tp.partition) for tp in partitions))
-
     def _carry_through(self, records: Sequence[Record], polled_at: float) -> None:
-        with self._store.begin(self._held) as txn:  # raises where it holds less by now
-            folding, rows, windows = self._fold_and_embed(records, txn)
-            self._sink.journal(rows)  # 1. publish: offline first, then online
-            self._sink.publish(_newest(rows))
+        reached = _next_offsets(records)
+        with self._store.begin(self._places.held) as txn:  # raises where it holds less by now
+            batch = self._reader.read(records, lambda ids: self._hot.load(ids, txn))
+            if tombstones := list(batch.folding.tombstones.values()):
+                self._patience.with_(
+                    lambda: self._sink.delete(tombstones)
+                )  # before what came after
+            self._patience.with_(lambda: self._sink.journal(batch.rows))
+            self._patience.with_(  # 1. publish: offline first, then online
+                lambda: self._sink.publish(
+                    batch.newest, reached=reached, held=self._places.published
+                )
+            )
             readable_s = time.monotonic() - polled_at
-            if folding.letters:
-                self._dead_letters.park(folding.letters)  # 2. park the bad ones
-            for window in windows:
+            if letters := batch.folding.letters:
+                self._patience.with_(lambda: self._dead_letters.park(letters))  # 2. the bad ones
+            for window in batch.windows:
                 txn.put(window)  # 3. leaving the block: windows, then their offsets
-            txn.advance(_next_offsets(records))
-        for tp, offset in _next_offsets(records).items():
-            self._held[tp] = max(offset, self._held.get(tp, 0))
-        self._metrics.folded(folding.outcomes, folding.redelivered)
-        self._metrics.dead(folding.letters)
+            txn.advance(reached)
+        self._hot.keep(batch.windows)
+        self._places.reached(reached)
+        self._metrics.folded(batch.folding.outcomes, batch.folding.redelivered)
+        self._metrics.dead(letters)
+        published = [batch.folding.windows[row.entity_id] for row in batch.rows]
         self._metrics.published(
-            len(rows), seconds=readable_s, unproven=self._count_unproven(folding, rows)
+            len(batch.rows), seconds=readable_s, unproven=self._places.count_unproven(published)
         )
 
-    def _fold_and_embed(
-        self, records: Sequence[Record], txn: WindowTransaction
-    ) -> tuple[Folding, list[FeatureRow], list[Window]]:
-        poison: dict[Coordinates, InvalidEvent] = {}
-        while True:
-            folding = self._folder.fold(records, txn.load, poison)
-            try:
-                return folding, *self._embed(folding)
-            except NonFiniteEmbedding as error:
-                poison |= self._find_poison(folding, error)
-
-    def _embed(self, folding: Folding) -> tuple[list[FeatureRow], list[Window]]:
-        """Rows of the states to publish, and the windows to store, finished chapters settled."""
-        if not folding.states:
-            return [], [folding.windows[entity_id] for entity_id in sorted(folding.changed)]
-        embedded = self._embedder.embed(folding.states)
-        rows = [
-            feature_row(
-                self._bundle,
-                window,
-                embedded.vectors[index],
-                embedded.surprise[index],
-                float(embedded.surprise_last[index]),
-            )
-            for index, window in enumerate(folding.states)
-        ]
-        latest = {window.entity_id: index for index, window in enumerate(folding.states)}
-        windows = [
-            settle(
-                folding.windows[entity_id],
-                embedded.finished[latest[entity_id]] if entity_id in latest else {},
-                policy=self._bundle.manifest.window,
-                half_lives=self._embedder.half_lives,
-            )
-            for entity_id in sorted(folding.changed)
-        ]
-        return rows, windows
-
-    def _find_poison(
-        self, folding: Folding, error: NonFiniteEmbedding
-    ) -> dict[Coordinates, InvalidEvent]:
-        """Try each event of the entities concerned as a chapter of its own.
-
-        Raises the error itself where none is at fault alone: then the model is.
-        """
-        poison: dict[Coordinates, InvalidEvent] = {}
-        for entity_id in {folding.states[row].entity_id for row in error.rows}:
-            for record, event in folding.accepted[entity_id]:
-                try:
-                    self._embedder.embed([self._folder.fold_alone(record, event)])
-                except NonFiniteEmbedding:
-                    poison[coordinates_of(record)] = InvalidEvent(
-                        "value", "the model's output for this event alone is not finite"
-                    )
-        if not poison:
-            raise error
-        return poison
-
-    def _count_unproven(self, folding: Folding, rows: Sequence[FeatureRow]) -> int:
-        if not self._unproven:
-            return 0
-        windows = (folding.windows[row.entity_id] for row in rows)
-        return sum((window.topic, window.partition) in self._unproven for window in windows)
-
-    def _tell_unproven(
-        self, unproven: Mapping[TopicPartition, int], partitions: Sequence[TopicPartition]
-    ) -> None:
-        self._unproven |= set(unproven)
-        for tp in partitions:
-            if tp in unproven:
-                log.warning(
-                    "windows of partition %d of %s begin at offset %d, what came before is gone: "
-                    "their rows are unproven",
-                    *(tp.partition, tp.topic, unproven[tp]),
-                )
-
-    def _return_to_what_is_held(self) -> None:
-        """Ask the store anew where to go on, once it was found to have lost its tail."""
-        if self._lost:
-            self._source.seek(self.assigned(sorted(self._held)))
-            self._lost = False
+    def _show_life(self) -> None:
+        """Tell the group that we live, where a batch takes long. Raises Fenced: it is not ours."""
+        if time.monotonic() - self._alive_at > self._policy.drain_s:
+            self._source.keep_alive()
+            self._alive_at = time.monotonic()
 
     def _rewind(self, records: Sequence[Record]) -> None:
         """Go back to the batch's first records: nothing of it was committed."""
@@ -266,7 +186,7 @@ class Worker:
         except (SinkUnavailable, SourceUnavailable) as error:
             log.warning("%s; trying again in %.1f s", error, error.retry_after_s)
             self._metrics.retried()
-            self._pause(error.retry_after_s)
+            self._patience.wait(error.retry_after_s)
         except Fenced as error:
             log.warning("%s; the batch is dropped and read again", error)
             self._metrics.fenced()
@@ -275,17 +195,6 @@ class Worker:
             self._metrics.store_lost()
             self._lost = True
 
-    def _pause(self, seconds: float) -> None:
-        """Wait, but not past a stop."""
-        until = time.monotonic() + seconds
-        while not self._stopping and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, 0.05))
-
 
 def _next_offsets(records: Sequence[Record]) -> dict[TopicPartition, int]:
     return {record.topic_partition: record.offset + 1 for record in records}
-
-
-def _newest(rows: Sequence[FeatureRow]) -> list[FeatureRow]:
-    """The last row of each entity: rows of one entity come in the order of `as_of`."""
-    return list({row.entity_id: row for row in rows}.values())

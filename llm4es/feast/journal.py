@@ -3,6 +3,7 @@
     <log>/part-<stem>.parquet            what readers see; appears by rename, never changes
     <log>/.part-<stem>.parquet.*.tmp     a part being written; no reader's glob matches it
     <log>/_journal/<stem>.journal        rows that are durable and not yet in a part (.new: none)
+    <log>/_deleted/                      whose rows may not be read, see `deletions`
 
 A batch is durable once its frame is in the journal and fsynced. Readers see rolled parts only.
 A part is named after its journal, so a crash between the rename and the journal's removal is
@@ -32,7 +33,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import SinkUnavailable
+from llm4es.feast.deletions import Deletions
 from llm4es.features import FeatureRow
 
 __all__ = [
@@ -128,11 +131,13 @@ def write_part(folder: Path, stem: str, table: pa.Table) -> Path:
     return part
 
 
-def recover_journals(folder: Path) -> int:
+def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
     """Roll every journal whose writer is gone; give the number of rows that were found.
 
-    Raises OSError. Safe beside living writers and beside another recovery.
+    Rows of deleted entities are left out. Raises OSError. Safe beside living writers and beside
+    another recovery.
     """
+    known = deletions or Deletions(folder, None)
     found = 0
     for path in sorted((folder / _JOURNALS).glob(f"*{_SUFFIX}")):
         with suppress(FileNotFoundError), path.open("rb") as file:
@@ -141,8 +146,10 @@ def recover_journals(folder: Path) -> int:
             if not _part_of(folder, path).exists():
                 table = _read_frames(file.read())
                 if table is not None and len(table):
-                    write_part(folder, _part_of(folder, path).stem, table)
-                    found += len(table)
+                    with known.held_still():
+                        rows = known.without(table)
+                        write_part(folder, _part_of(folder, path).stem, rows)
+                    found += len(rows)
             path.unlink()
     for path in (folder / _JOURNALS).glob(f"*{_UNNAMED}"):  # of writers killed at birth: no rows
         with suppress(FileNotFoundError), path.open("rb") as file:
@@ -199,12 +206,12 @@ class _Segment:
             raise
         self._length += written
 
-    def roll(self, folder: Path) -> None:
+    def roll(self, folder: Path, deletions: Deletions) -> None:
         """Write the part, then remove the journal, then let go of its lock."""
         if self.batches:
-            write_part(
-                folder, _part_of(folder, self.path).stem, pa.Table.from_batches(self.batches)
-            )
+            with deletions.held_still():
+                rows = deletions.without(pa.Table.from_batches(self.batches))
+                write_part(folder, _part_of(folder, self.path).stem, rows)
         self.path.unlink(missing_ok=True)
         os.close(self._file)
 
@@ -213,12 +220,21 @@ class OfflineJournal:
     """Appends rows to a log's folder. One per writer; its methods may be called by any thread.
 
     A journal is rolled when it holds `roll_rows` or is `roll_s` old, by a thread of its own, and
-    by `roll` and `close`. Every failure to write is SinkUnavailable.
+    by `roll` and `close`. What `deletions` knows of is never written, nor rolled. Every failure to
+    write is SinkUnavailable.
     """
 
     def __init__(
-        self, folder: Path, *, join_key: str, writer_id: str, roll_rows: int, roll_s: float
+        self,
+        folder: Path,
+        *,
+        join_key: str,
+        writer_id: str,
+        roll_rows: int,
+        roll_s: float,
+        deletions: Deletions | None = None,
     ) -> None:
+        self._deletions = deletions or Deletions(folder, None)
         self._folder = folder
         self._join_key = join_key
         self._schema = log_schema(join_key)
@@ -232,7 +248,7 @@ class OfflineJournal:
         self._rolling = threading.Lock()  # one thread writes parts at a time
         try:
             ensure_log(folder, self._schema)
-            recover_journals(folder)
+            recover_journals(folder, self._deletions)
         except OSError as error:
             raise _unavailable(folder, error) from error
         self._thread = threading.Thread(target=self._roll_in_time, name="roll", daemon=True)
@@ -257,6 +273,20 @@ class OfflineJournal:
                 raise _unavailable(self._folder, error) from error
             if self._open.rows >= self._roll_rows:
                 self._seal()
+
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Return when no reader sees rows of these entities at or before their tombstones."""
+        try:
+            self._deletions.add(tombstones)
+        except OSError as error:
+            raise _unavailable(self._folder, error) from error
+
+    def kept(self, rows: Sequence[FeatureRow]) -> list[FeatureRow]:
+        """Rows that no tombstone forbids."""
+        try:
+            return self._deletions.kept(rows)
+        except OSError as error:
+            raise _unavailable(self._folder, error) from error
 
     def roll(self) -> None:
         """Return when every appended row is in a part that readers see."""
@@ -284,7 +314,7 @@ class OfflineJournal:
     def _roll_sealed(self) -> None:
         with self._rolling:
             while self._sealed:
-                self._sealed[0].roll(self._folder)
+                self._sealed[0].roll(self._folder, self._deletions)
                 with self._changed:
                     del self._sealed[0]
 

@@ -3,11 +3,12 @@
 Configured as `offline_store: {type: llm4es.feast.offline_log.LogOfflineStore}`. Stock Feast
 rewrites one file per push, not atomically; here a push is one more part. A relative path is
 relative to the feature repository, wherever the process runs. Rows that stand in two parts
-(same entity and timestamp) are read once. A log that is not there yet reads as empty.
+(same entity and timestamp) are read once. Rows that a tombstone forbids are not read, and taken out
+of the parts by `rewrite_deleted`. A log that is not there yet reads as empty.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import ibis
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from feast.data_source import DataSource
@@ -39,11 +41,14 @@ from feast.infra.registry.base_registry import BaseRegistry
 from feast.repo_config import RepoConfig
 from feast.type_map import feast_value_type_to_pa
 from ibis.expr.types import Table
+from numpy.typing import NDArray
+from pyarrow import parquet
 from pydantic import StrictStr, field_validator
 
+from llm4es.feast.deletions import Rewritten, pending_deletions, rewriting, settle_deletions
 from llm4es.feast.journal import ensure_log, list_parts, log_schema, write_part
 
-__all__ = ["LogOfflineStore", "LogOfflineStoreConfig", "log_folder"]
+__all__ = ["LogOfflineStore", "LogOfflineStoreConfig", "log_folder", "rewrite_deleted"]
 
 _ORDER = "__row"  # of the entity rows, while they are joined
 
@@ -229,8 +234,64 @@ def _read(
     if not parts:
         join_key = source.tags.get("join_key", "entity_id")
         return ibis.memtable(schemas.get(source.name, log_schema(join_key)).empty_table())
-    table = ibis.read_parquet([str(part) for part in parts])
+    table = _without_deleted(ibis.read_parquet([str(part) for part in parts]), source, Path(path))
     return table.distinct(on=list(once), keep="first") if once else table
+
+
+def _without_deleted(table: Table, source: FileSource, folder: Path) -> Table:
+    pending = pending_deletions(folder)
+    join_key = source.tags.get("join_key")
+    if not pending or join_key is None:
+        return table
+    deleted = ibis.memtable(
+        pa.table(
+            {
+                "__deleted": pa.array(pending, pa.string()),
+                "__deleted_as_of": pa.array(pending.values(), pa.timestamp("us", tz="UTC")),
+            }
+        )
+    )
+    return table.anti_join(
+        deleted,
+        [
+            table[join_key] == deleted["__deleted"],
+            table[source.timestamp_field] <= deleted["__deleted_as_of"],
+        ],
+    )
+
+
+def rewrite_deleted(folder: Path, *, join_key: str, timestamp_field: str) -> Rewritten:
+    """Take rows that tombstones forbid out of a log's parts, each part at once by rename.
+
+    Readers never see them in between, for until the last part is done they leave them out; then
+    the ids, which are kept for that alone, go as well. Killed, it is run again. Run by one
+    process at a time: another one waits. Journals of writers that live are theirs: a row in one
+    is left out when it is rolled. Raises OSError.
+    """
+    with rewriting(folder):
+        pending = pending_deletions(folder)
+        parts = rows = 0
+        for part in list_parts(folder) if pending else ():
+            ids = parquet.read_table(part, columns=[join_key, timestamp_field])
+            kept = _kept(ids, pending)
+            if kept.all():
+                continue
+            write_part(part.parent, part.stem, parquet.read_table(part).filter(pa.array(kept)))
+            parts += 1
+            rows += int((~kept).sum())
+        settle_deletions(folder, pending)
+    return Rewritten(entities=len(pending), parts=parts, rows=rows)
+
+
+def _kept(ids: pa.Table, pending: Mapping[str, datetime]) -> NDArray[np.bool_]:
+    """Which rows, of two columns id and timestamp, no tombstone forbids."""
+    return np.array(
+        [
+            (as_of := pending.get(entity_id)) is None or moment > as_of
+            for entity_id, moment in zip(*(c.to_pylist() for c in ids.columns), strict=True)
+        ],
+        dtype=bool,
+    )
 
 
 def _schema_of(view: FeatureView, source: DataSource) -> pa.Schema:

@@ -6,10 +6,11 @@ own bytes: 1 microsecond where building a `FloatList` takes 114 at 384 dimension
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from types import MappingProxyType
+from typing import Final, Protocol
 
 import numpy as np
 from feast import FeatureStore, FeatureView
@@ -17,19 +18,33 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from numpy.typing import NDArray
 
+from llm4es.deletion import Tombstone
 from llm4es.errors import SinkRejected, SinkUnavailable
 from llm4es.events import entity_hash
 from llm4es.features import FeatureRow
 
-__all__ = ["OnlineRows", "PortableRows", "ViewTarget", "encode_row", "encode_vector", "scalars"]
+__all__ = [
+    "NO_MARKS",
+    "Marks",
+    "OnlineRows",
+    "PortableRows",
+    "ViewTarget",
+    "encode_row",
+    "encode_vector",
+    "scalars",
+]
 
 log = logging.getLogger(__name__)
+
+Marks = Mapping[str, int]  # what an online store notes of a topic: a number by name
+NO_MARKS: Final[Marks] = MappingProxyType({})
 
 _LENGTH_DELIMITED = 2
 _FLOAT_LIST_TAG = Value.DESCRIPTOR.fields_by_name["float_list_val"].number << 3 | _LENGTH_DELIMITED
 _FLOATS_TAG = 1 << 3 | _LENGTH_DELIMITED  # FloatList.val, packed
 _CONTINUES = 0x80
 _REMEMBERED = 1_000_000  # entities whose newest `as_of` the portable guard keeps
+_Written = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 _OURS = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
 
 
@@ -58,16 +73,36 @@ class ViewTarget:
 class OnlineRows(Protocol):
     """Writes rows of one view, at most one per entity and call, newer over older only."""
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",
+        held: Marks = NO_MARKS,
+        ahead: Marks = NO_MARKS,
+    ) -> list[str]:
         """Give the ids of entities that have a newer row already; theirs was not written.
 
         Every other row is readable on return. A row with the timestamp that stands changes
-        nothing. Raises SinkUnavailable, SinkRejected.
+        nothing. Behind the rows the marks of a topic move up to `ahead`, none back. Raises
+        SinkUnavailable, SinkRejected, StoreLost where less than `held` is noted.
+        """
+        ...
+
+    def marks(self, topic: str) -> Marks | None:
+        """What is noted of a topic; None where the store cannot note anything."""
+        ...
+
+    def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
+        """Take the values of rows at or before each `as_of`; leave `as_of` as their timestamp.
+
+        It stays for at least `guard_s` seconds, and keeps older rows from being written, be there
+        a row now or not. A newer row stays as it is. Raises SinkUnavailable, SinkRejected.
         """
         ...
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
-        """Timestamps of the rows that stand, as exact as the store knows them."""
+        """Timestamps of rows that stand or were deleted, as exact as the store knows them."""
         ...
 
     def sync(self) -> None:
@@ -125,11 +160,18 @@ class PortableRows:
         )
         self.as_of(["any"])  # a store that is away says so at start
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",  # noqa: ARG002 - a store that is not ours to know takes no marks
+        held: Marks = NO_MARKS,  # noqa: ARG002
+        ahead: Marks = NO_MARKS,  # noqa: ARG002
+    ) -> list[str]:
         """See OnlineRows."""
         self._meet([row.entity_id for row in rows])
         fresh = [row for row in rows if self._is_newer(row)]
-        data: list[tuple[EntityKey, dict[str, Value], datetime, datetime | None]] = [
+        data: list[_Written] = [
             (
                 self._target.entity_key(row.entity_id),
                 {
@@ -141,18 +183,37 @@ class PortableRows:
             )
             for row in fresh
         ]
+        self._write(data)
         if data:
-            try:
-                self._provider.online_write_batch(
-                    self._target.store.config, self._target.view, data, None
-                )
-            except _OURS as error:
-                raise SinkRejected(f"online store: {error!r}") from error
-            except Exception as error:
-                # Each vendor has errors of its own.
-                raise SinkUnavailable(f"online store: {error!r}") from error
             self._verify(fresh)
         return [row.entity_id for row in rows if row.as_of < self._newest[row.entity_id]]
+
+    def marks(self, topic: str) -> Marks | None:  # noqa: ARG002
+        """Nothing: see OnlineRows."""
+        return None
+
+    def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:  # noqa: ARG002
+        """See OnlineRows. Timestamps stay for good: Feast has no way to take one row out."""
+        self._meet([each.entity_id for each in tombstones])
+        due = [
+            each
+            for each in tombstones
+            if (newest := self._newest.get(each.entity_id)) is None or newest <= each.as_of
+        ]
+        names = [feature.name for feature in self._target.view.features]
+        self._write(
+            [
+                (
+                    self._target.entity_key(each.entity_id),
+                    {name: Value() for name in names},
+                    each.as_of,
+                    None,
+                )
+                for each in due
+            ]
+        )
+        for each in due:
+            self._newest[each.entity_id] = each.as_of
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows."""
@@ -177,6 +238,19 @@ class PortableRows:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _write(self, data: "list[_Written]") -> None:
+        if not data:
+            return
+        try:
+            self._provider.online_write_batch(
+                self._target.store.config, self._target.view, data, None
+            )
+        except _OURS as error:
+            raise SinkRejected(f"online store: {error!r}") from error
+        except Exception as error:
+            # Each vendor has errors of its own.
+            raise SinkUnavailable(f"online store: {error!r}") from error
 
     def _meet(self, entity_ids: Sequence[str]) -> None:
         unknown = [entity_id for entity_id in entity_ids if entity_id not in self._newest]

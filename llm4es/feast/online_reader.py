@@ -42,7 +42,9 @@ class OnlineReader:
             # Vendors' errors come through Feast as they are.
             raise SinkUnavailable(f"online store: {error!r}") from error
         return [
-            None if moment is None else _row(entity_id, moment, found, index)
+            None  # not there, or deleted: then the timestamp stands alone
+            if moment is None or found["bundle_id"][index] is None
+            else _row(entity_id, moment, found, index)
             for index, (entity_id, moment) in enumerate(zip(entity_ids, moments, strict=True))
         ]
 

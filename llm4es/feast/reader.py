@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from feast import FeatureStore, FeatureView
 from feast.errors import FeastObjectNotFoundException
 from pyarrow import parquet
 
 from llm4es.errors import ConfigError
 from llm4es.feast.definitions import TIMESTAMP_FIELD, join_key_of
+from llm4es.feast.deletions import pending_deletions
 from llm4es.feast.journal import list_parts, log_schema
 from llm4es.feast.offline_log import log_folder
 from llm4es.features import service_name
@@ -94,4 +96,9 @@ def _view_of(store: FeatureStore, entity: str) -> FeatureView:
 
 def _read_columns(folder: Path, join_key: str, columns: list[str]) -> pa.Table:
     parts = [parquet.read_table(part, columns=columns) for part in list_parts(folder)]
-    return pa.concat_tables([log_schema(join_key).empty_table().select(columns), *parts])
+    rows = pa.concat_tables([log_schema(join_key).empty_table().select(columns), *parts])
+    pending = pending_deletions(folder)
+    for entity_id, as_of in pending.items():
+        gone = (pc.field(join_key) == entity_id) & (pc.field(TIMESTAMP_FIELD) <= as_of)
+        rows = rows.filter(~gone)
+    return rows

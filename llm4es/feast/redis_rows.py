@@ -8,10 +8,12 @@ that stock Feast wrote is respected like one of ours, and Feast's own check (rea
 cannot lose a race to us. Feast's readers notice no difference.
 """
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import sha1
-from typing import Any
+from typing import Any, NamedTuple
 
 from feast.infra.online_stores.helpers import _mmh3, _redis_key
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisType, _versioned_fv_name
@@ -20,15 +22,16 @@ from redis import exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.feast.online import ViewTarget, encode_row
+from llm4es.deletion import Tombstone
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
+from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row
 from llm4es.features import FeatureRow
 
 __all__ = ["REDIS_ERRORS", "RedisRows", "translate_redis_error"]
 
 # KEYS: entity. ARGV: seconds, nanos, ttl (0: none), then the hash's fields and values, the
 # timestamp's first. Gives 1 written, 0 the same stands, -1 a newer one stands.
-_SCRIPT = """
+_DECODE = """
 local function decode(bytes)
   local seconds, nanos, at = 0, 0, 1
   while at <= #bytes do
@@ -44,6 +47,10 @@ local function decode(bytes)
   end
   return seconds, nanos
 end
+"""
+_SCRIPT = (
+    _DECODE
+    + """
 local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
 local standing = redis.call('HGET', KEYS[1], ARGV[4])
 if standing then
@@ -52,10 +59,48 @@ if standing then
   if stood_s == seconds and stood_n == nanos then return 0 end
 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 4))
-if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
+if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3])
+else redis.call('PERSIST', KEYS[1]) end -- a deleted entity's key was to end
 return 1
 """
-_SCRIPT_SHA = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+)
+# KEYS: a topic's marks. ARGV: how many pairs (name, number known to be held) come first, then
+# pairs (name, number) to move up to. 0, and nothing written, where less is held.
+_MARK = """
+local held = 2 * tonumber(ARGV[1])
+for i = 2, held, 2 do
+  local found = redis.call('HGET', KEYS[1], ARGV[i])
+  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then return 0 end
+end
+for i = held + 2, #ARGV, 2 do
+  local found = redis.call('HGET', KEYS[1], ARGV[i])
+  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  end
+end
+return 1
+"""
+# KEYS: entity. ARGV: seconds, nanos, guard in seconds, the timestamp's field and value, then the
+# view's fields. The key, which other views of the entity share, ends with its guard when nothing
+# but timestamps is left. Gives -1 where a newer row stands, and changes nothing then.
+_DELETE = (
+    _DECODE
+    + """
+local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
+local standing = redis.call('HGET', KEYS[1], ARGV[4])
+if standing then
+  local stood_s, stood_n = decode(standing)
+  if stood_s > seconds or (stood_s == seconds and stood_n > nanos) then return -1 end
+end
+redis.call('HDEL', KEYS[1], unpack(ARGV, 6))
+redis.call('HSET', KEYS[1], ARGV[4], ARGV[5])
+for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if string.sub(name, 1, 4) ~= '_ts:' then return 1 end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+)
 _SUPERSEDED = -1
 _PIPELINED = 512  # rows of one round trip
 # What a call of redis-py may raise; its cluster client has a root of its own.
@@ -91,6 +136,13 @@ _AWAY = (
 _PASSING = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNKILLABLE ")
 
 
+class _Call(NamedTuple):
+    """A script for one key: the key, then its arguments."""
+
+    script: str
+    arguments: tuple[bytes | str | int, ...]
+
+
 class RedisRows:
     """Compare-and-set into the hashes of Feast's Redis store, a batch per round trip."""
 
@@ -102,6 +154,7 @@ class RedisRows:
         self._ttl = str(config.online_store.key_ttl_seconds or 0)
         self._cluster = config.online_store.redis_type == RedisType.redis_cluster
         name = _versioned_fv_name(target.view, config)
+        self._view = name
         self._timestamp_field = f"_ts:{name}".encode()
         self._fields = {
             feature.name: _mmh3(f"{name}:{feature.name}") for feature in target.view.features
@@ -117,15 +170,53 @@ class RedisRows:
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",
+        held: Marks = NO_MARKS,
+        ahead: Marks = NO_MARKS,
+    ) -> list[str]:
+        """See OnlineRows. The marks go with the last rows, behind them, in one round trip."""
+        calls = [_Call(_SCRIPT, (self._key(row.entity_id), *self._arguments(row))) for row in rows]
+        if held or ahead:
+            pairs = [text for pair in (*held.items(), *ahead.items()) for text in pair]
+            calls.append(_Call(_MARK, (self._marks_key(topic), len(held), *pairs)))
+        answers: list[Any] = []
+        for start in range(0, len(calls), _PIPELINED):
+            answers += self._execute(calls[start : start + _PIPELINED])
+        if (held or ahead) and not answers.pop():
+            msg = f"the online store has lost what it noted of {topic}, and so rows"
+            raise StoreLost(msg)
+        return [
+            row.entity_id
+            for row, answer in zip(rows, answers, strict=True)
+            if answer == _SUPERSEDED
+        ]
+
+    def marks(self, topic: str) -> Marks | None:
         """See OnlineRows."""
-        superseded = []
-        for start in range(0, len(rows), _PIPELINED):
-            chunk = rows[start : start + _PIPELINED]
-            for row, answer in zip(chunk, self._execute(chunk), strict=True):
-                if answer == _SUPERSEDED:
-                    superseded.append(row.entity_id)
-        return superseded
+        try:
+            found = self._client.hgetall(self._marks_key(topic))
+        except REDIS_ERRORS as error:
+            raise translate_redis_error(error) from error
+        return {name.decode(): int(number) for name, number in found.items()}
+
+    def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
+        """See OnlineRows."""
+        calls = [
+            _Call(
+                _DELETE,
+                (
+                    self._key(each.entity_id),
+                    *self._moment_of(each.as_of, str(math.ceil(guard_s))),
+                    *self._fields.values(),
+                ),
+            )
+            for each in tombstones
+        ]
+        self._execute(calls)
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond."""
@@ -146,27 +237,30 @@ class RedisRows:
         """Close the connections."""
         self._client.close()
 
-    def _execute(self, rows: Sequence[FeatureRow]) -> list[int]:
-        calls = [(self._key(row.entity_id), *self._arguments(row)) for row in rows]
+    def _execute(self, calls: "Sequence[_Call]") -> list[Any]:
         try:
             answers = self._send(calls)
             if any(isinstance(answer, exceptions.NoScriptError) for answer in answers):
-                self._client.script_load(_SCRIPT)
+                for script in {call.script for call in calls}:
+                    self._client.script_load(script)
                 answers = self._send(calls)  # rows that were written answer "the same stands"
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
         _raise_first(answers)
         return answers
 
-    def _send(self, calls: Sequence[tuple[bytes | str | int, ...]]) -> list[Any]:
+    def _send(self, calls: "Sequence[_Call]") -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
             if self._cluster:  # a cluster's pipeline refuses EVALSHA
-                pipe.eval(_SCRIPT, 1, *call)
+                pipe.eval(call.script, 1, *call.arguments)
             else:
-                pipe.evalsha(_SCRIPT_SHA, 1, *call)
+                pipe.evalsha(_sha(call.script), 1, *call.arguments)
         answers: list[Any] = pipe.execute(raise_on_error=False)
         return answers
+
+    def _marks_key(self, topic: str) -> str:
+        return f"llm4es:{self._project}:{self._view}:marks:{topic}"
 
     def _key(self, entity_id: str) -> bytes:
         key: bytes = _redis_key(
@@ -175,13 +269,21 @@ class RedisRows:
         return key
 
     def _arguments(self, row: FeatureRow) -> list[bytes | str | int]:
-        moment = Timestamp()
-        moment.FromDatetime(row.as_of)
-        arguments: list[bytes | str | int] = [moment.seconds, moment.nanos, self._ttl]
-        arguments += [self._timestamp_field, moment.SerializeToString()]
+        arguments = self._moment_of(row.as_of, self._ttl)
         for name, value in encode_row(row, self._target).items():
             arguments += [self._fields[name], value]
         return arguments
+
+    def _moment_of(self, as_of: datetime, seconds: str) -> list[bytes | str | int]:
+        moment = Timestamp()
+        moment.FromDatetime(as_of)
+        value = moment.SerializeToString()
+        return [moment.seconds, moment.nanos, seconds, self._timestamp_field, value]
+
+
+@cache
+def _sha(script: str) -> str:
+    return sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected | ConfigError:

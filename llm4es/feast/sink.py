@@ -5,35 +5,47 @@ length; so everything is checked here, when the sink is opened and for each row.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from feast import KafkaSource
 
 from llm4es.bundle import Bundle
+from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.events import EPOCH, entity_hash
+from llm4es.events import EPOCH, NO_OFFSETS, TopicPartition, entity_hash
 from llm4es.feast.definitions import ViewSpec
+from llm4es.feast.deletions import Deletions
 from llm4es.feast.journal import OfflineJournal
 from llm4es.feast.offline_log import log_folder
-from llm4es.feast.online import OnlineRows, ViewTarget
+from llm4es.feast.online import Marks, OnlineRows, ViewTarget
 from llm4es.feast.online_reader import OnlineReader
 from llm4es.feast.opening import apply_command, open_rows, open_target
 from llm4es.features import FeatureRow
 
 __all__ = ["FeastSink", "open_sink"]
 
+_GUARD_S = 7 * 86_400.0
+
 
 class FeastSink:
     """`stream_worker.ports.FeatureSink` over Feast; built by `open_sink`.
 
-    `superseded` counts rows that were not published since a newer one stood.
+    `superseded` counts rows that were not published since a newer one stood, or their entity was
+    deleted later.
     """
 
     def __init__(
-        self, target: ViewTarget, spec: ViewSpec, journal: OfflineJournal, online: OnlineRows
+        self,
+        target: ViewTarget,
+        spec: ViewSpec,
+        journal: OfflineJournal,
+        online: OnlineRows,
+        *,
+        deletion_guard_s: float = _GUARD_S,
     ) -> None:
+        self._guard_s = deletion_guard_s
         self._target = target
         self._bundle_id = spec.manifest.id
         self._dim = spec.manifest.dim
@@ -59,13 +71,20 @@ class FeastSink:
         Readers see them when they are rolled. Raises SinkUnavailable, SinkRejected.
         """
         self._refuse_broken(rows)
-        self._journal.append(rows)
+        self._journal.append(self._journal.kept(rows))
 
-    def publish(self, rows: Sequence[FeatureRow]) -> None:
+    def publish(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        reached: Mapping[TopicPartition, int] = NO_OFFSETS,
+        held: Mapping[TopicPartition, int] = NO_OFFSETS,
+    ) -> None:
         """Return only when every row is readable online, or superseded by a newer one.
 
-        At most one row per entity. Idempotent. Synced, where that is ours to do. Raises
-        SinkUnavailable, SinkRejected.
+        At most one row per entity. Idempotent. Synced, where that is ours to do. `reached` and
+        `held` are of one topic, see `stream_worker.ports.FeatureSink`. Raises SinkUnavailable,
+        SinkRejected, StoreLost.
         """
         self._refuse_broken(rows)
         entity, times = (
@@ -73,9 +92,52 @@ class FeastSink:
         )
         if times > 1:
             raise SinkRejected(f"entity {entity_hash(entity)} has {times} rows in one call")
-        if rows:
-            self.superseded += len(self._online.write(rows))
-            self._online.sync()  # rows survive what the offsets survive
+        kept = self._journal.kept(rows)
+        self.superseded += len(rows) - len(kept)
+        self._write(
+            kept, held=_by_partition(held), ahead=_by_partition(reached), of=reached or held
+        )
+
+    def republish(
+        self, batches: Iterable[Sequence[FeatureRow]], reached: Mapping[TopicPartition, int]
+    ) -> None:
+        """Publish all current rows of some partitions, in batches, and note `reached` behind them.
+
+        A loss meanwhile is StoreLost: each batch is numbered, and the number before it must
+        still be there. Raises SinkUnavailable, SinkRejected, StoreLost.
+        """
+        names = [f"{tp.partition}/republished" for tp in reached]
+        found = self._online.marks(next(iter(reached)).topic) or {}
+        number = max(found.get(name, 0) for name in names) + 1
+        self._write((), held={}, ahead=dict.fromkeys(names, number), of=reached)
+        for rows in batches:
+            self._refuse_broken(rows)
+            held, ahead = dict.fromkeys(names, number), dict.fromkeys(names, number + 1)
+            self._write(rows, held=held, ahead=ahead, of=reached)
+            number += 1
+        held = dict.fromkeys(names, number)
+        self._write((), held=held, ahead=_by_partition(reached), of=reached)
+
+    def published(self, topic: str) -> Mapping[TopicPartition, int] | None:
+        """Next offsets that rows online stand for; None where the store cannot note any."""
+        found = self._online.marks(topic)
+        if found is None:
+            return None
+        return {
+            TopicPartition(topic, int(name)): at for name, at in found.items() if name.isdecimal()
+        }
+
+    def delete(self, tombstones: Sequence[Tombstone]) -> None:
+        """Return when no row of these entities at or before `as_of` can be read any more.
+
+        See `stream_worker.ports.FeatureSink`. Offline, our own readers leave such rows out until
+        `offline_log.rewrite_deleted` has taken them out of the parts; online, an entity's
+        timestamp stays for `deletion_guard_s`. Raises SinkUnavailable, ConfigError without a key.
+        """
+        if tombstones:
+            self._journal.delete(tombstones)
+            self._online.delete(tombstones, guard_s=self._guard_s)
+            self._online.sync()
 
     def read(self, entity_ids: Sequence[str]) -> list[FeatureRow | None]:
         """Online rows as a stock client sees them; `as_of` as exactly as the store knows it.
@@ -98,6 +160,19 @@ class FeastSink:
             self._journal.close()
         finally:
             self._online.close()
+
+    def _write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        held: Marks,
+        ahead: Marks,
+        of: Mapping[TopicPartition, int],
+    ) -> None:
+        if rows or held or ahead:
+            topic = next((tp.topic for tp in of), "")
+            self.superseded += len(self._online.write(rows, topic=topic, held=held, ahead=ahead))
+            self._online.sync()  # rows survive what the offsets survive
 
     def _stream(self, option: str) -> str:
         source = self._target.view.stream_source
@@ -137,6 +212,10 @@ class FeastSink:
         return next((problem for problem, found in broken if found), None)
 
 
+def _by_partition(offsets: Mapping[TopicPartition, int]) -> dict[str, int]:
+    return {str(tp.partition): at for tp, at in offsets.items()}
+
+
 def open_sink(
     repo_path: Path,
     bundle: Bundle | ViewSpec,
@@ -145,11 +224,14 @@ def open_sink(
     writer_id: str,
     roll_rows: int = 20_000,
     roll_s: float = 5.0,
+    deletion_key: DeletionKey | None = None,
+    deletion_guard_s: float = _GUARD_S,
 ) -> FeastSink:
     """Open the feature view of a bundle, as Feast's registry has it, for writing.
 
     `config_file` is relative to the repository. `writer_id` goes into the names of parts.
-    Raises ConfigError (no repository, no such view, a setting that breaks serving),
+    `deletion_key` is needed to delete, and where something was deleted before.
+    Raises ConfigError (no repository, no such view, a setting that breaks serving, another key),
     BundleMismatch (the view is another bundle's), SinkUnavailable.
     """
     target, spec = open_target(repo_path, bundle, config_file)
@@ -160,6 +242,7 @@ def open_sink(
             f"view {target.view.name} has no folder on this machine as its batch source",
             f"define it with a folder, then run: {apply_command(repo_path, config_file)}",
         )
+    deletions = Deletions(folder, deletion_key)
     online = open_rows(target)
     try:
         journal = OfflineJournal(
@@ -168,8 +251,9 @@ def open_sink(
             writer_id=writer_id,
             roll_rows=roll_rows,
             roll_s=roll_s,
+            deletions=deletions,
         )
     except SinkUnavailable:
         online.close()
         raise
-    return FeastSink(target, spec, journal, online)
+    return FeastSink(target, spec, journal, online, deletion_guard_s=deletion_guard_s)

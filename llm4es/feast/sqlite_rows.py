@@ -5,12 +5,16 @@ older row overwrite a newer one. The exact timestamp stands beside the features 
 under a name that is no feature of the view: Feast reads it along and hands it to no one, and
 it goes when the table goes. It holds as long as the features' own second says the same; where
 stock Feast has written since, that second is what stands. (A stock write within the very second
-of ours cannot be told from ours.)
+of ours cannot be told from ours.) Where that row stands alone, its entity was deleted, and
+`created_ts` says until when it keeps older rows out. What is noted of a topic stands in the table
+too, under a key that is no entity's, so that it goes with the rows.
 
 The write-ahead log with synchronous=NORMAL survives a kill; `sync` makes it survive a power cut.
 """
 
+import math
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,12 +25,14 @@ from feast.infra.online_stores.helpers import compute_table_id, extract_text_and
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, _quote_id
 from feast.protos.feast.types.Value_pb2 import Value
 
-from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.feast.online import ViewTarget, encode_row, scalars
+from llm4es.deletion import Tombstone
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
+from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row, scalars
 from llm4es.features import FeatureRow
 
 __all__ = ["SqliteRows", "translate_sqlite_error"]
 
+_MARKS = b"llm4es:marks:"
 _EXACT = "__as_of_us"  # microseconds since 1970, in UTC
 _BUSY_TIMEOUT_S = 10.0
 _ASKED = 500  # entities of one query
@@ -53,6 +59,7 @@ class SqliteRows:
             config.project, target.view, config.registry.enable_online_feature_view_versioning
         )
         self._table = _quote_id(name)
+        self._guards = _quote_id(f"{name}_guards")
         path = Path(SqliteOnlineStore._get_db_path(config))  # noqa: SLF001 - Feast's own answer
         if read_only and not path.is_file():
             raise _no_table(path, target)
@@ -79,8 +86,15 @@ class SqliteRows:
             "value_text = excluded.value_text, event_ts = excluded.event_ts, created_ts = NULL"
         )
 
-    def write(self, rows: Sequence[FeatureRow]) -> list[str]:
-        """See OnlineRows."""
+    def write(
+        self,
+        rows: Sequence[FeatureRow],
+        *,
+        topic: str = "",
+        held: Marks = NO_MARKS,
+        ahead: Marks = NO_MARKS,
+    ) -> list[str]:
+        """See OnlineRows. Rows and marks are one transaction."""
         keys = [self._key(row.entity_id) for row in rows]
         superseded = []
         with self._transaction():
@@ -91,7 +105,46 @@ class SqliteRows:
                     self._connection.executemany(self._upsert, self._table_rows(key, row))
                 elif stood > moment:
                     superseded.append(row.entity_id)
+            if held or ahead:
+                self._move_marks(topic, held, ahead)
         return superseded
+
+    def marks(self, topic: str) -> Marks | None:
+        """See OnlineRows."""
+        try:
+            return self._marks(topic)
+        except sqlite3.Error as error:
+            raise translate_sqlite_error(error) from error
+
+    def delete(self, tombstones: Sequence[Tombstone], *, guard_s: float) -> None:
+        """See OnlineRows. What is deleted is overwritten in the file, too."""
+        now = time.time()
+        alone = f"feature_name = '{_EXACT}' AND created_ts IS NOT NULL"
+        with self._transaction():
+            self._connection.execute("PRAGMA secure_delete = ON")
+            self._connection.execute(
+                f"CREATE INDEX IF NOT EXISTS {self._guards} ON {self._table} (created_ts) "
+                f"WHERE {alone}"
+            )
+            self._connection.execute(
+                f"DELETE FROM {self._table} WHERE {alone} AND created_ts < ?",  # noqa: S608
+                (int(now),),
+            )
+            keys = [self._key(each.entity_id) for each in tombstones]
+            standing = self._standing(keys)
+            for key, each in zip(keys, tombstones, strict=True):
+                if (stood := standing.get(key)) is not None and stood > _microseconds(each.as_of):
+                    continue
+                self._connection.execute(
+                    f"DELETE FROM {self._table} WHERE entity_key = ?",  # noqa: S608
+                    (key,),
+                )
+                self._connection.execute(
+                    f"INSERT INTO {self._table} "  # noqa: S608
+                    "(entity_key, feature_name, value, event_ts, created_ts) "
+                    "VALUES (?, ?, ?, ?, ?)",
+                    (key, *_exact(each.as_of), math.ceil(now + guard_s)),
+                )
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond for rows of ours."""
@@ -128,6 +181,25 @@ class SqliteRows:
         except sqlite3.Error as error:
             raise translate_sqlite_error(error) from error
 
+    def _marks(self, topic: str) -> dict[str, int]:
+        query = f"SELECT feature_name, value FROM {self._table} WHERE entity_key = ?"  # noqa: S608
+        found = self._connection.execute(query, (_MARKS + topic.encode(),)).fetchall()
+        return {name: Value.FromString(value).int64_val for name, value in found}
+
+    def _move_marks(self, topic: str, held: Marks, ahead: Marks) -> None:
+        found = self._marks(topic)
+        if any(found.get(name, 0) < number for name, number in held.items()):
+            msg = f"the online store has lost what it noted of {topic}, and so rows"
+            raise StoreLost(msg)
+        self._connection.executemany(
+            self._upsert,
+            [
+                (_MARKS + topic.encode(), name, Value(int64_val=at).SerializeToString(), None, 0)
+                for name, at in ahead.items()
+                if found.get(name, 0) < at
+            ],
+        )
+
     def _standing(self, keys: Sequence[bytes]) -> dict[bytes, int]:
         """Microseconds of the row that stands, for the entities that have one."""
         standing: dict[bytes, int] = {}
@@ -141,6 +213,8 @@ class SqliteRows:
             for key, second, exact in self._connection.execute(query, (_EXACT, _EXACT, *asked)):
                 if second is not None:
                     standing[key] = _reconcile(second, exact)
+                elif exact is not None:  # of a deleted entity
+                    standing[key] = Value.FromString(exact).int64_val
         return standing
 
     def _key(self, entity_id: str) -> bytes:
@@ -157,8 +231,8 @@ class SqliteRows:
         }
         for name, value in encode_row(row, self._target).items():
             yield key, name, value, texts.get(name), second
-        exact = Value(int64_val=_microseconds(row.as_of)).SerializeToString()
-        yield key, _EXACT, exact, None, second
+        name, exact, _ = _exact(row.as_of)
+        yield key, name, exact, None, second
 
 
 def _no_table(path: Path, target: ViewTarget) -> ConfigError:
@@ -175,6 +249,12 @@ def translate_sqlite_error(error: Exception) -> SinkUnavailable | SinkRejected:
     passing = isinstance(error, OSError) or (code is not None and code & _PRIMARY_CODE in _PASSING)
     message = f"online store sqlite: {error}"
     return SinkUnavailable(message) if passing else SinkRejected(message)
+
+
+def _exact(as_of: datetime) -> tuple[str, bytes, int]:
+    """Name, value and second of the table row that has the exact timestamp."""
+    value: bytes = Value(int64_val=_microseconds(as_of)).SerializeToString()
+    return _EXACT, value, _feast_second(as_of)
 
 
 def _reconcile(second: int, exact: bytes | None) -> int:

@@ -5,7 +5,7 @@ event's line depends on the event, the spec, and at most the events before it in
 so that a late event changes the text of one chapter and of no other.
 """
 
-from llm4es.rendering.formats import FormatName
+from llm4es.rendering.formats import FORMATS, FormatName
 from llm4es.rendering.renderer import (
     Line,
     Renderer,
@@ -17,6 +17,7 @@ from llm4es.rendering.renderer import (
 )
 
 __all__ = [
+    "FORMATS",
     "FormatName",
     "Line",
     "Renderer",

@@ -106,6 +106,9 @@ class FileRecordSource:
             record for record in self._read() if record.offset >= start[record.topic_partition]
         )
 
+    def keep_alive(self) -> None:
+        """No group, so nobody to show it."""
+
     def remaining(self) -> int | None:
         """Records that were in the file when it was opened, and are still to come."""
         if not self._positions:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from llm4es.errors import BundleMismatch, ConfigError
+from llm4es.errors import BundleMismatch, ConfigError, Fenced
 from llm4es.events import EPOCH, Record, TopicPartition
 from stream_worker.ports import (
     AssignmentListener,
@@ -149,6 +149,21 @@ class KafkaRecordSource:
                 with mapped():
                     self._consumer.seek(partition, offset)
                 self._due[tp] = offset
+
+    def keep_alive(self) -> None:
+        """Poll with everything paused, so that `max_poll_interval_ms` begins anew.
+
+        A rebalance may happen in it; what it gives is placed by the next `poll`.
+        """
+        owned = self._consumer.assignment()
+        with mapped():
+            self._consumer.pause(*owned)
+            found = self._consumer.poll(timeout_ms=0)
+            self._consumer.resume(*(owned & self._consumer.assignment()))
+            for partition, raws in found.items():  # of partitions that came meanwhile
+                self._consumer.seek(partition, raws[0].offset)
+        if self._rebalances.pending or not self._rebalances.joined:
+            raise Fenced("the group has given partitions of this batch to another worker")
 
     def remaining(self) -> int | None:
         """Records up to the end of the assigned partitions; asks the brokers."""

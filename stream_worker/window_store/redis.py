@@ -7,12 +7,15 @@ than it read, and is refused.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from itertools import count, islice
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -21,6 +24,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from llm4es.deletion import DeletionKey
 from llm4es.errors import ConfigError, Fenced, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
 from llm4es.windows import Window
@@ -32,11 +36,16 @@ __all__ = ["RedisWindowStore"]
 
 log = logging.getLogger(__name__)
 
-# KEYS[1] window; ARGV[1] version it was read at, ARGV[2] record. 1 where it was written.
+# KEYS[1] window, KEYS[2] (with a deletion key) where it stands when it is deleted; ARGV[1] version
+# it was read at, ARGV[2] record, ARGV[3] which of the keys takes it. 1 where it was written, 0
+# where another version stands, -1 where none does and one was read.
 _COMPARE_AND_SET = """
 local found = redis.call('HGET', KEYS[1], 'version')
-if (found or '0') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'version', ARGV[1] + 1, 'record', ARGV[2])
+if not found and KEYS[2] then found = redis.call('HGET', KEYS[2], 'version') end
+if (found or '0') ~= ARGV[1] then return found and 0 or -1 end
+local place = tonumber(ARGV[3])
+redis.call('HSET', KEYS[place], 'version', ARGV[1] + 1, 'record', ARGV[2])
+if KEYS[2] then redis.call('DEL', KEYS[3 - place]) end
 return 1
 """
 # KEYS[1] offsets of a topic; ARGV[1] how many pairs (partition, offset known to be held) come
@@ -55,20 +64,30 @@ for i = held + 2, #ARGV, 2 do
 end
 return 1
 """
+_GONE = -1
 _TIMEOUT_S = 5.0
+_CHUNK = 500  # windows of one round trip of a scan
 _REMEDY = "write redis://:PASSWORD@host:port/db, special characters %-encoded"
 
 
 class RedisWindowStore:
-    """See `ports.WindowStore`. Windows are written first, each atomically, then the offsets."""
+    """See `ports.WindowStore`. Windows are written first, each atomically, then the offsets.
 
-    def __init__(self, url: str, bundle_id: str) -> None:
+    `deletion_key` is needed to keep windows that are deleted. Raises ConfigError for another key
+    than the store's.
+    """
+
+    def __init__(
+        self, url: str, bundle_id: str, *, deletion_key: DeletionKey | None = None
+    ) -> None:
         self._prefix = f"llm4es:{bundle_id}"
+        self._deletion_key = deletion_key
         self._client = _client(url)
         self._compare_and_set = self._client.register_script(_COMPARE_AND_SET)
         self._advance = self._client.register_script(_ADVANCE)
         with _mapped():
             self._client.ping()
+            self._agree_on_key()
             self._warn_of_eviction()
 
     @contextmanager
@@ -87,17 +106,29 @@ class RedisWindowStore:
     def load(self, entity_ids: Iterable[str]) -> dict[str, Window]:
         """Read windows; an entity that has none gets an empty one."""
         wanted = list(entity_ids)
-        with _mapped():
-            pipeline = self._client.pipeline(transaction=False)
-            for entity_id in wanted:
-                pipeline.hmget(self._key(entity_id), ["version", "record"])
-            found = cast("list[tuple[bytes | None, bytes | None]]", _answers(pipeline))
+        windows = self._load({entity_id: self._key(entity_id) for entity_id in wanted})
+        key = self._deletion_key
+        if key is not None and len(windows) < len(wanted):
+            absent = [entity_id for entity_id in wanted if entity_id not in windows]
+            windows |= self._load({each: self._deleted_key(each, key) for each in absent})
         return {
-            entity_id: Window(entity_id=entity_id)
-            if version is None or record is None
-            else decode_window(entity_id, int(version), record)
-            for entity_id, (version, record) in zip(wanted, found, strict=True)
+            entity_id: windows.get(entity_id) or Window(entity_id=entity_id) for entity_id in wanted
         }
+
+    def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
+        """Give every window of these partitions; walks through the keys of the whole server."""
+        prefix = self._key("")[:-1].encode()
+        keys = self._client.scan_iter(match=f"{_literal(self._prefix)}:window:*", count=_CHUNK)
+        while True:
+            with _mapped():
+                found = list(islice(keys, _CHUNK))
+            if not found:
+                return
+            # SCAN may give a key twice.
+            entity_ids = {key[len(prefix) : -1].decode() for key in found}
+            for window in self.load(entity_ids).values():
+                if (window.topic, window.partition) in partitions:
+                    yield window
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
@@ -158,8 +189,38 @@ class RedisWindowStore:
                 policy,
             )
 
+    def _load(self, keys: Mapping[str, str]) -> dict[str, Window]:
+        """Windows that are there, by the ids of their entities."""
+        with _mapped():
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys.values():
+                pipeline.hmget(key, ["version", "record"])
+            found = cast("list[tuple[bytes | None, bytes | None]]", _answers(pipeline))
+        return {
+            entity_id: decode_window(entity_id, int(version), record)
+            for entity_id, (version, record) in zip(keys, found, strict=True)
+            if version is not None and record is not None
+        }
+
+    def _agree_on_key(self) -> None:
+        name = f"{self._prefix}:deletion-key"
+        if self._deletion_key is not None:
+            self._client.set(name, self._deletion_key.fingerprint, nx=True)
+        found = cast("bytes | None", self._client.get(name))
+        DeletionKey.refuse_other(found, self._deletion_key, "the Redis window store")
+
     def _key(self, entity_id: str) -> str:
         return f"{self._prefix}:window:{{{entity_id}}}"
+
+    def _deleted_key(self, entity_id: str, key: DeletionKey) -> str:
+        """Name without the id, in the same slot of a Redis Cluster as the window's own."""
+        tag = _tags()[key_slot(self._key(entity_id).encode())]
+        return f"{self._prefix}:deleted:{{{tag}}}:{key.hash(entity_id).hex()}"
+
+    def _places(self, entity_id: str) -> list[str]:
+        key = self._deletion_key
+        deleted = [] if key is None else [self._deleted_key(entity_id, key)]
+        return [self._key(entity_id), *deleted]
 
     def _by_partition(self, what: str, topic: str) -> dict[TopicPartition, int]:
         with _mapped():
@@ -169,18 +230,35 @@ class RedisWindowStore:
         return {TopicPartition(topic, int(partition)): int(at) for partition, at in found.items()}
 
     def _write(self, batch: Batch) -> None:
+        self._write_windows(batch)
+        self._write_offsets(batch)
+
+    def _write_windows(self, batch: Batch) -> None:
+        if self._deletion_key is None and any(w.deleted for w in batch.pending.values()):
+            raise DeletionKey.needed()
         if batch.pending:
             # A pipeline of scripts loads them itself where the server forgot them.
             pipeline = self._client.pipeline(transaction=False)
             for window in batch.pending.values():
+                places = self._places(window.entity_id)
                 self._compare_and_set(
-                    keys=[self._key(window.entity_id)],
-                    args=[window.version, encode_window(window)],
+                    keys=places,
+                    args=[
+                        window.version,
+                        encode_window(window),
+                        len(places) if window.deleted else 1,
+                    ],
                     client=cast("Any", pipeline),
                 )
-            if not all(_answers(pipeline)):
+            answers = _answers(pipeline)
+            if _GONE in answers:
+                msg = "the window store has lost a window that was read from it"
+                raise StoreLost(msg)
+            if not all(answers):
                 msg = "another worker has written a window of this batch"
                 raise Fenced(msg)
+
+    def _write_offsets(self, batch: Batch) -> None:
         for topic in {tp.topic for tp in batch.next_offsets}:
             held, ahead = (
                 [(tp.partition, at) for tp, at in offsets.items() if tp.topic == topic]
@@ -193,6 +271,17 @@ class RedisWindowStore:
             if not written:
                 msg = f"the window store has lost offsets of {topic} while a batch was under way"
                 raise StoreLost(msg)
+
+
+@cache
+def _tags() -> list[str]:
+    """For each slot of a Redis Cluster a text that hashes into it."""
+    tags: dict[int, str] = {}
+    for number in count():
+        tags.setdefault(key_slot(b"%d" % number), str(number))
+        if len(tags) == REDIS_CLUSTER_HASH_SLOTS:
+            break
+    return [tags[slot] for slot in range(REDIS_CLUSTER_HASH_SLOTS)]
 
 
 def _client(url: str) -> "redis.Redis":
@@ -209,6 +298,11 @@ def _client(url: str) -> "redis.Redis":
     except (ValueError, TypeError, AttributeError):
         raise _malformed() from None
     return client
+
+
+def _literal(text: str) -> str:
+    """Text as a pattern of SCAN that matches itself."""
+    return re.sub(r"([\\*?\[\]])", r"\\\1", text)
 
 
 def _malformed() -> ConfigError:

@@ -1,11 +1,12 @@
 """Windows in one SQLite file: for a single worker, with no server."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm4es.errors import ConfigError, Fenced, SinkUnavailable
+from llm4es.deletion import DeletionKey
+from llm4es.errors import ConfigError, Fenced, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
 from llm4es.windows import Window
 from stream_worker.ports import NO_OFFSETS, LogIdentity, WindowTransaction
@@ -27,6 +28,11 @@ CREATE TABLE IF NOT EXISTS logs (
 CREATE TABLE IF NOT EXISTS unproven (
   bundle TEXT, topic TEXT, partition INTEGER, first_offset INTEGER NOT NULL,
   PRIMARY KEY (bundle, topic, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS deleted (
+  bundle TEXT, entity_hash BLOB, version INTEGER NOT NULL, record BLOB NOT NULL,
+  PRIMARY KEY (bundle, entity_hash)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS deletion_keys (
+  bundle TEXT PRIMARY KEY, fingerprint BLOB NOT NULL) WITHOUT ROWID;
 """
 _ADVANCE = """
 INSERT INTO offsets VALUES (?, ?, ?, ?) ON CONFLICT (bundle, topic, partition)
@@ -44,15 +50,25 @@ _UNUSABLE_PATH = {
 class SqliteWindowStore:
     """See `ports.WindowStore`. A batch's windows and offsets are one SQLite transaction.
 
-    `read_only` opens what is there, and leaves no trace. Raises ConfigError for a path that
-    cannot be used, or holds something else.
+    `read_only` opens what is there, and leaves no trace. `deletion_key` is needed to keep windows
+    that are deleted. Raises ConfigError for a path that cannot be used, or holds something
+    else, and for another key than the file's.
     """
 
-    def __init__(self, path: Path, bundle_id: str, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        bundle_id: str,
+        *,
+        read_only: bool = False,
+        deletion_key: DeletionKey | None = None,
+    ) -> None:
         self._bundle = bundle_id
+        self._deletion_key = deletion_key
         try:
             with _mapped():
                 self._connection = _open_to_read(path) if read_only else _open(path)
+                self._agree_on_key(read_only=read_only)
         except OSError as error:
             raise _unusable(path, error) from error
         except SinkUnavailable as error:
@@ -89,7 +105,29 @@ class SqliteWindowStore:
                     query, [self._bundle, *chunk]
                 ):
                     windows[entity] = decode_window(entity, version, record)
+            if self._deletion_key is not None:
+                for entity_id in wanted:
+                    if windows[entity_id].version == 0:
+                        windows[entity_id] = self._deleted(entity_id, self._deletion_key)
         return windows
+
+    def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
+        """Give every window of these partitions."""
+        after = ""
+        while True:
+            with _mapped():
+                found = self._connection.execute(
+                    "SELECT entity, version, record FROM windows "
+                    "WHERE bundle = ? AND entity > ? ORDER BY entity LIMIT ?",
+                    (self._bundle, after, _CHUNK),
+                ).fetchall()
+            for entity, version, record in found:
+                window = decode_window(entity, version, record)
+                if (window.topic, window.partition) in partitions:
+                    yield window
+            if len(found) < _CHUNK:
+                return
+            after = found[-1][0]
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
@@ -135,6 +173,36 @@ class SqliteWindowStore:
         with _mapped():
             self._connection.close()
 
+    def _agree_on_key(self, *, read_only: bool) -> None:
+        found = None
+        try:
+            if self._knows_deletion():
+                key = self._deletion_key
+                if key is not None and not read_only:
+                    self._connection.execute(
+                        "INSERT OR IGNORE INTO deletion_keys VALUES (?, ?)",
+                        (self._bundle, key.fingerprint),
+                    )
+                found = self._connection.execute(
+                    "SELECT fingerprint FROM deletion_keys WHERE bundle = ?", (self._bundle,)
+                ).fetchone()
+            DeletionKey.refuse_other(found[0] if found else None, self._deletion_key, "the file")
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _knows_deletion(self) -> bool:
+        """Whether the file has the tables: one that is only read may be of an older version."""
+        query = "SELECT 1 FROM sqlite_master WHERE name = 'deletion_keys'"
+        return self._connection.execute(query).fetchone() is not None
+
+    def _deleted(self, entity_id: str, key: DeletionKey) -> Window:
+        row = self._connection.execute(
+            "SELECT version, record FROM deleted WHERE bundle = ? AND entity_hash = ?",
+            (self._bundle, key.hash(entity_id)),
+        ).fetchone()
+        return Window(entity_id=entity_id) if row is None else decode_window(entity_id, *row)
+
     def _by_partition(self, select: str, topic: str) -> dict[TopicPartition, int]:
         with _mapped():
             rows = self._connection.execute(
@@ -167,21 +235,50 @@ class SqliteWindowStore:
         self._connection.execute("COMMIT")
 
     def _compare_and_set(self, window: Window) -> None:
+        if window.deleted and self._deletion_key is None:
+            raise DeletionKey.needed()
         record = encode_window(window)
-        if window.version == 0:
-            done = self._connection.execute(
-                "INSERT OR IGNORE INTO windows VALUES (?, ?, 1, ?)",
-                (self._bundle, window.entity_id, record),
-            )
-        else:
-            done = self._connection.execute(
-                "UPDATE windows SET version = version + 1, record = ? "
-                "WHERE bundle = ? AND entity = ? AND version = ?",
-                (record, self._bundle, window.entity_id, window.version),
-            )
-        if done.rowcount != 1:
+        if not window.deleted and window.version and self._update(window, record):
+            return
+        places = self._places(window.entity_id)
+        standing = 0
+        for table, column, name in places:
+            row = self._connection.execute(
+                f"SELECT version FROM {table} WHERE bundle = ? AND {column} = ?",  # noqa: S608
+                (self._bundle, name),
+            ).fetchone()
+            standing = row[0] if row is not None else standing
+        if window.version and not standing:
+            msg = "the window store has lost a window that was read from it"
+            raise StoreLost(msg)
+        if standing != window.version:
             msg = "another worker has written a window of this batch"
             raise Fenced(msg)
+        for table, column, name in places:
+            self._connection.execute(
+                f"DELETE FROM {table} WHERE bundle = ? AND {column} = ?",  # noqa: S608
+                (self._bundle, name),
+            )
+        table, _, name = places[-1] if window.deleted else places[0]
+        self._connection.execute(
+            f"INSERT INTO {table} VALUES (?, ?, ?, ?)",  # noqa: S608
+            (self._bundle, name, window.version + 1, record),
+        )
+
+    def _update(self, window: Window, record: bytes) -> bool:
+        done = self._connection.execute(
+            "UPDATE windows SET version = version + 1, record = ? "
+            "WHERE bundle = ? AND entity = ? AND version = ?",
+            (record, self._bundle, window.entity_id, window.version),
+        )
+        return done.rowcount == 1
+
+    def _places(self, entity_id: str) -> list[tuple[str, str, str | bytes]]:
+        """Where a window may stand: table, column and name; deleted, it stands in the last."""
+        places: list[tuple[str, str, str | bytes]] = [("windows", "entity", entity_id)]
+        if self._deletion_key is not None:
+            places.append(("deleted", "entity_hash", self._deletion_key.hash(entity_id)))
+        return places
 
 
 def _open(path: Path) -> sqlite3.Connection:

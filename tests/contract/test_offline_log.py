@@ -26,9 +26,11 @@ from feast.value_type import ValueType
 from pyarrow import parquet
 
 from dev.servers import wait_until
+from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkUnavailable
 from llm4es.feast import FeastSink, ViewSpec, open_sink, read_as_of
 from llm4es.feast.definitions import FIELDS, TIMESTAMP_FIELD
+from llm4es.feast.deletions import Deletions, pending_deletions
 from llm4es.feast.journal import (
     OfflineJournal,
     ensure_log,
@@ -36,7 +38,7 @@ from llm4es.feast.journal import (
     log_schema,
     recover_journals,
 )
-from llm4es.feast.offline_log import LogOfflineStore
+from llm4es.feast.offline_log import LogOfflineStore, rewrite_deleted
 from llm4es.features import FeatureRow, view_name
 from tests.feast_parts import (
     BUNDLE_ID,
@@ -58,6 +60,7 @@ pytestmark = [
 VIEW = view_name("customer", BUNDLE_ID)
 JOIN_KEY = "customer_id"
 SECOND = timedelta(seconds=1)
+KEY = DeletionKey("a key of tests alone")
 Unit = Literal["ns", "us", "ms", "s"]
 # Rows that a process has reported when it is killed: within a journal, as it is sealed, as its
 # part is written, and after many.
@@ -527,3 +530,103 @@ def test_writers_that_start_at_once_on_a_new_log_all_start(tmp_path: Path) -> No
                 made.result()
         assert not list(folder.glob(".*.tmp"))
         assert len(list_parts(folder)) == 1
+
+
+def rows_of(log: Path) -> list[tuple[str, str]]:
+    found = read_parts(log)
+    return sorted(zip(found[JOIN_KEY].to_pylist(), found["last_event_id"].to_pylist(), strict=True))
+
+
+def tree_bytes(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_deleted_rows_go_from_every_part_whenever_the_rewriting_is_killed(
+    log: Path, spec: ViewSpec
+) -> None:
+    parts = 120
+    with journal(log) as writer:
+        for number in range(parts):
+            writer.append([one(spec, number), one(spec, number, "somebody")])
+            writer.roll()
+    deletions = Deletions(log, KEY)
+    last = NOON + (parts - 2) * MICROSECOND  # its last row is younger than the tombstone
+    deletions.add([Tombstone(entity_id="somebody", as_of=last)])
+    due = sorted([("c1", f"e{n}") for n in range(parts)] + [("somebody", f"e{parts - 1}")])
+    before = {part: part.stat().st_ino for part in list_parts(log)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.contract.rewriting", str(log)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as parent:  # fmt: skip
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+
+        def rewritten() -> int:
+            return sum(part.stat().st_ino != inode for part, inode in before.items())
+
+        for count in (1, 20, 70):
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+            pid = int(parent.stdout.readline())
+            assert wait_until(lambda c=count: rewritten() >= c, timeout_s=60, every_s=0.001)  # type: ignore[misc]
+            os.kill(pid, signal.SIGKILL)
+            assert parent.stdout.readline() == "gone\n"
+            assert rewritten() < parts - 1
+            assert set(before) == set(list_parts(log))
+            assert set(due) <= set(rows_of(log))
+            assert list(pending_deletions(log)) == ["somebody"]
+        parent.stdin.close()
+    done = rewrite_deleted(log, join_key=JOIN_KEY, timestamp_field=TIMESTAMP_FIELD)
+    assert done.entities == 1
+    assert 0 < done.parts == done.rows < parts
+    assert rows_of(log) == due
+    assert pending_deletions(log) == {}
+    assert rewrite_deleted(log, join_key=JOIN_KEY, timestamp_field=TIMESTAMP_FIELD).parts == 0
+
+
+def test_nothing_of_a_deleted_entity_is_left_and_no_late_writer_brings_it_back(
+    log: Path, spec: ViewSpec
+) -> None:
+    """A zombie's journal is rolled, or recovered, after the parts were rewritten."""
+    zombie = OfflineJournal(
+        log, join_key=JOIN_KEY, writer_id="z", roll_rows=10**6, roll_s=3600,
+        deletions=Deletions(log, KEY),
+    )  # fmt: skip
+    zombie.append([one(spec, 1, "somebody"), one(spec, 2)])
+    shutil.copy(the_journal(log), log.parent / "aside")
+    Deletions(log, KEY).add([Tombstone(entity_id="somebody", as_of=NOON + SECOND)])
+    rewrite_deleted(log, join_key=JOIN_KEY, timestamp_field=TIMESTAMP_FIELD)
+    zombie.roll()
+    assert rows_of(log) == [("c1", "e2")]
+    assert zombie.kept([one(spec, 3, "somebody")]) == []
+    zombie.close()
+    shutil.copy(log.parent / "aside", log / "_journal" / "left.journal")
+    recover_journals(log, Deletions(log, KEY))
+    assert rows_of(log) == [("c1", "e2")] * 2
+    assert b"somebody" not in tree_bytes(log)
+
+
+def test_readers_leave_out_what_is_deleted_without_any_key_and_torn_notes_are_none(
+    repo: Path, spec: ViewSpec, stock: FeatureStore
+) -> None:
+    sink = open_sink(repo, spec, writer_id="w", deletion_key=KEY)
+    sink.journal([one(spec, 0), one(spec, 1), one(spec, 0, "c2")])
+    sink.roll()
+    sink.delete([Tombstone(entity_id="c1", as_of=NOON)])
+    folder = repo / "data/offline" / VIEW
+    assert sorted(read_as_of(stock, "customer")["event_id"]) == ["e0", "e1"]
+    for name in ("hashes", "pending"):
+        with (folder / "_deleted" / name).open("ab") as file:
+            file.write(b'["c2",9')  # a writer was killed
+    assert list(pending_deletions(folder)) == ["c1"]
+    sink.delete([Tombstone(entity_id="c1", as_of=NOON + SECOND)])
+    assert pending_deletions(folder) == {"c1": NOON + SECOND}
+    entities = pd.DataFrame(
+        {JOIN_KEY: ["c1", "c2"], "event_timestamp": [NOON + SECOND, NOON + SECOND]}
+    )
+    found = stock.get_historical_features(
+        entity_df=entities, features=[f"{VIEW}:last_event_id"]
+    ).to_df()
+    assert found["last_event_id"].isna().tolist() == [True, False]
+    assert list(read_as_of(stock, "customer")[JOIN_KEY]) == ["c2"]
+    sink.close()

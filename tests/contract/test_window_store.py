@@ -1,18 +1,22 @@
 """One suite over every window store: what the worker may rely on."""
 
 import logging
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from redis import Redis
 
 from dev.servers import RedisServer
+from llm4es.deletion import DeletionKey
 from llm4es.errors import ConfigError, Fenced, LLM4ESError, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
-from llm4es.windows import Chapter, SealedHistory, Window
+from llm4es.windows import Chapter, SealedHistory, Window, bury
 from stream_worker.ports import LogIdentity, WindowStore
 from stream_worker.window_store.codec import decode_window
 from stream_worker.window_store.redis import RedisWindowStore
@@ -20,6 +24,14 @@ from stream_worker.window_store.sqlite import SqliteWindowStore
 from tests.histories import START, event
 
 Opener = Callable[[str], WindowStore]
+
+
+class Keyed(NamedTuple):
+    open: Callable[[DeletionKey | None], WindowStore]
+    names: Callable[[], str]
+
+
+KEY = DeletionKey("a key of tests alone")
 P0, P1 = TopicPartition("shop", 0), TopicPartition("shop", 1)
 
 
@@ -183,6 +195,28 @@ def test_windows_of_two_bundles_never_meet(opener: Opener) -> None:
     assert two.unproven("shop") == {}
 
 
+def test_a_scan_gives_every_window_of_the_partitions_asked_for(
+    opener: Opener,
+) -> None:
+    one, two = opener("b1"), opener("b*")
+    put(one, *(window(f"c{n}", partition=n % 2) for n in range(1203)))
+    put(two, window("other"))
+    found = {each.entity_id: each for each in one.scan({P1})}
+    assert found.keys() == {f"c{n}" for n in range(1, 1203, 2)}
+    assert found["c1"].version == 1
+    assert {each.entity_id for each in two.scan({P0, P1})} == {"other"}
+    assert not list(one.scan({TopicPartition("mall", 1)}))
+
+
+def test_a_window_that_was_read_and_is_gone_is_a_lost_store_not_another_workers_doing(
+    opener: Opener,
+) -> None:
+    store = opener("b1")
+    with pytest.raises(StoreLost), store.begin() as txn:
+        txn.put(window(version=3))
+    assert store.read("c1") is None
+
+
 def test_the_log_is_remembered_across_a_restart(opener: Opener) -> None:
     identity = LogIdentity(topic="shop", topic_id="t-1", partitions=4)
     first = opener("b1")
@@ -246,10 +280,8 @@ def test_an_sqlite_file_that_is_damaged_under_us_is_no_cause_to_wait(tmp_path: P
     pages = bytearray(path.read_bytes())
     pages[4096:] = b"\xff" * (len(pages) - 4096)
     path.write_bytes(pages)
-    damaged = SqliteWindowStore(path, "b1")
     with pytest.raises(ConfigError, match="damaged"):
-        damaged.read("c1")
-    damaged.close()
+        SqliteWindowStore(path, "b1").read("c1")
 
 
 def test_a_store_opened_to_read_shows_what_is_there_and_leaves_no_trace(tmp_path: Path) -> None:
@@ -336,3 +368,100 @@ def test_no_piece_of_a_password_is_told_of_a_url_that_is_none(url: str) -> None:
 def test_a_redis_that_is_not_there_is_unavailable() -> None:
     with pytest.raises(SinkUnavailable):
         RedisWindowStore("redis://127.0.0.1:1/0", "b1")
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def keyed(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[Keyed]:
+    """Opens stores of one server with a deletion key or none, and shows the bytes they hold."""
+    opened: list[WindowStore] = []
+    if request.param == "sqlite":
+        path = tmp_path / "windows.db"
+
+        def open_it(key: DeletionKey | None) -> WindowStore:
+            opened.append(SqliteWindowStore(path, "b1", deletion_key=key))
+            return opened[-1]
+
+        def names() -> str:
+            with sqlite3.connect(path) as connection:
+                found = connection.execute("SELECT entity FROM windows").fetchall()
+                found += connection.execute("SELECT entity_hash FROM deleted").fetchall()
+            connection.close()
+            return str(found)
+    else:
+        server: RedisServer = request.getfixturevalue("redis_server")
+        client: Any = Redis.from_url(server.url)
+
+        def open_it(key: DeletionKey | None) -> WindowStore:
+            opened.append(RedisWindowStore(server.url, unique, deletion_key=key))
+            return opened[-1]
+
+        def names() -> str:
+            return str(client.keys(f"llm4es:{unique}:*"))
+
+        opened.append(client)
+    yield Keyed(open_it, names)
+    for each in opened:
+        each.close()
+
+
+def buried(found: Window, offset: int = 9) -> Window:
+    return replace(
+        bury(found, recorded_at=START + timedelta(hours=1)),
+        topic="shop", partition=1, next_offset=offset,
+    )  # fmt: skip
+
+
+def test_of_a_deleted_window_place_and_time_stay_under_a_hash_and_its_id_does_not(
+    keyed: Keyed,
+) -> None:
+    store, other = keyed.open(KEY), keyed.open(KEY)
+    put(store, window("somebody"))
+    assert "somebody" in keyed.names()
+    before = store.read("somebody")
+    assert before is not None
+    put(store, buried(before))
+    assert "somebody" not in keyed.names()
+    for each in (store, other):
+        left = each.read("somebody")
+        assert left is not None
+        assert left.deleted
+        assert (left.version, left.topic, left.partition, left.next_offset) == (2, "shop", 1, 9)
+        assert left.as_of == START + timedelta(hours=1)
+    # A zombie that read before the deletion, or before the entity's first event, is refused.
+    for stale in (replace(before, next_offset=8), window("somebody")):
+        with pytest.raises(Fenced):
+            put(other, stale)
+    assert "somebody" not in keyed.names()
+    again = store.read("somebody")
+    assert again is not None
+    put(store, window("somebody", version=again.version, next_offset=10))
+    found = other.read("somebody")
+    assert found is not None
+    assert (found.version, found.next_offset, found.deleted) == (3, 10, False)
+    with pytest.raises(Fenced):
+        put(other, buried(again))
+    put(store, buried(found, 11))
+    put(store, buried(replace(found, version=4, as_of=START + timedelta(hours=2)), 12))
+    last = store.read("somebody")
+    assert last is not None
+    assert (last.version, last.next_offset) == (5, 12)
+
+
+def test_an_entity_that_never_was_can_be_deleted(keyed: Keyed) -> None:
+    store = keyed.open(KEY)
+    put(store, buried(Window(entity_id="nobody")))
+    found = store.read("nobody")
+    assert found is not None
+    assert found.deleted
+
+
+def test_a_store_keeps_to_one_deletion_key_and_deletes_nothing_without_one(keyed: Keyed) -> None:
+    store = keyed.open(None)
+    with pytest.raises(ConfigError, match="deletion_key: is not set"):
+        put(store, buried(window()))
+    put(store, window())
+    keyed.open(KEY)  # it may come later
+    with pytest.raises(ConfigError, match="another one"):
+        keyed.open(DeletionKey("another key of tests"))
+    with pytest.raises(ConfigError, match="needs the one"):
+        keyed.open(None)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from llm4es.testing import Boundaries, Crash
+from llm4es.testing import Boundaries, Crash, MemorySink
 from tests.faults.worlds import World, assert_equal_to_clean, shop_log
 
 BOUNDARIES = [
     "after poll",
+    "before delete",
+    "after delete",
     "before journal",
     "after journal",
     "before publish",
@@ -20,6 +22,7 @@ BOUNDARIES = [
     "before commit",
     "after commit",
 ]
+LAST = 23  # of the log's batches
 
 
 def world(folder: Path, seed: int = 3) -> World:
@@ -37,6 +40,23 @@ def test_a_crash_and_a_restart_leave_no_trace(
     with pytest.raises(Crash):
         crashed.work(boundaries=Boundaries(boundary, occurrence), every_event=every_event)
     crashed.work(every_event=every_event)
+    assert_equal_to_clean(crashed, event_by_event)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "occurrence"),
+    [(boundary, 3) for boundary in BOUNDARIES]
+    + [(boundary, LAST) for boundary in BOUNDARIES if "park" not in boundary],
+)
+def test_a_crash_leaves_no_trace_in_an_online_store_that_notes_no_offsets(
+    tmp_path: Path, event_by_event: World, boundary: str, occurrence: int
+) -> None:
+    """In the last batch no later event of an entity mends what was left out."""
+    crashed = world(tmp_path / "world")
+    crashed.sink = MemorySink(noting=False)
+    with pytest.raises(Crash):
+        crashed.work(boundaries=Boundaries(boundary, occurrence))
+    crashed.work()
     assert_equal_to_clean(crashed, event_by_event)
 
 
@@ -59,6 +79,17 @@ def test_a_store_that_lost_everything_is_rebuilt_from_the_logs_start(
         file.unlink()
     lost.work()
     assert_equal_to_clean(lost, event_by_event)
+
+
+def test_deleted_histories_stay_away_and_those_that_go_on_begin_anew(event_by_event: World) -> None:
+    windows = event_by_event.windows_of()
+    assert event_by_event.sink.deleted
+    for entity_id, as_of in event_by_event.sink.deleted.items():
+        window = windows[entity_id]
+        assert window.as_of is not None
+        assert window.as_of >= as_of
+        assert window.deleted == (entity_id not in event_by_event.sink.online)
+    assert {window.deleted for window in windows.values()} == {True, False}
 
 
 def test_a_group_that_lost_its_offsets_folds_nothing_twice(

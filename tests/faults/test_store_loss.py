@@ -11,7 +11,7 @@ import pytest
 from dev.servers import RedisServer
 from llm4es.errors import SinkUnavailable
 from stream_worker.window_store.redis import RedisWindowStore
-from tests.faults.worlds import World, assert_equal_to_clean, shop_log
+from tests.faults.worlds import DELETION_KEY, World, assert_equal_to_clean, shop_log
 
 Happening = Callable[[], object]
 
@@ -41,7 +41,7 @@ def losses(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Losses]:
 
 def sqlite_losses(folder: Path) -> Losses:
     world = World(folder, shop_log(3))
-    tables = ("windows", "offsets", "logs", "unproven")
+    tables = ("windows", "offsets", "logs", "unproven", "deleted")
     saved: dict[str, list[tuple[object, ...]]] = {table: [] for table in tables}
 
     def write(content: dict[str, list[tuple[object, ...]]]) -> None:
@@ -63,7 +63,11 @@ def sqlite_losses(folder: Path) -> Losses:
 
 
 def redis_losses(folder: Path, server: RedisServer) -> Losses:
-    world = World(folder, shop_log(3), lambda bundle: RedisWindowStore(server.url, bundle))
+    world = World(
+        folder,
+        shop_log(3),
+        lambda bundle: RedisWindowStore(server.url, bundle, deletion_key=DELETION_KEY),
+    )
     saved: dict[bytes, bytes] = {}
     store = RedisWindowStore(server.url, "aside")
     client: Any = store._client  # noqa: SLF001 - the same Redis, from another connection
@@ -89,6 +93,33 @@ def test_windows_and_offsets_that_go_between_two_batches_are_folded_again_from_t
 ) -> None:
     losses.world.work(before_polls=[*repeat(nothing, batches), losses.forget_all])
     assert lost(losses.world) == 1
+    assert_equal_to_clean(losses.world, event_by_event)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 7, 23])
+@pytest.mark.parametrize("windows_too", [False, True])
+def test_online_rows_that_go_are_published_again_from_the_windows(
+    losses: Losses, event_by_event: World, batches: int, *, windows_too: bool
+) -> None:
+    def lose() -> None:
+        losses.world.sink.lose()
+        if windows_too:
+            losses.forget_all()
+
+    losses.world.work(before_polls=[*repeat(nothing, batches), lose])
+    assert lost(losses.world) == 1
+    assert_equal_to_clean(losses.world, event_by_event)
+    assert losses.world.sink.reached == losses.world.group
+
+
+def test_online_rows_that_went_while_no_worker_ran_are_published_before_anything_is_read(
+    losses: Losses, event_by_event: World
+) -> None:
+    losses.world.work()
+    losses.world.sink.lose()
+    losses.world.work()
+    assert lost(losses.world) == 0
+    assert losses.world.metrics.summary().records == 0
     assert_equal_to_clean(losses.world, event_by_event)
 
 

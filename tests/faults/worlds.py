@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 from llm4es.bundle import Bundle
+from llm4es.deletion import DeletionKey
 from llm4es.events import Record
 from llm4es.features import FeatureRow
 from llm4es.testing import (
@@ -19,7 +20,7 @@ from llm4es.testing import (
     ScriptedLog,
     modelless_bundle,
 )
-from llm4es.windows import WindowPolicy
+from llm4es.windows import Window, WindowPolicy
 from stream_worker.metrics import Metrics
 from stream_worker.ports import (
     DeadLetter,
@@ -34,6 +35,7 @@ from stream_worker.worker import Parts, Worker, WorkerPolicy
 from tests.histories import payment, records, schema
 
 PARTITIONS = 2
+DELETION_KEY = DeletionKey("a key of tests alone")
 POLICY = WindowPolicy(
     chapter_events=5,
     max_chapter_tokens=300,
@@ -55,8 +57,8 @@ class ParkedLetters:
         """Nothing to let go."""
 
 
-def shop_log(seed: int, events: int = 160) -> list[Record]:
-    """Payments of five customers: some out of order, some late, some twice, some bad."""
+def shop_log(seed: int, events: int = 160, *, deletions: float = 0.06) -> list[Record]:
+    """Payments of five customers: some out of order, late, twice or bad, and some tombstones."""
     rng = random.Random(seed)
     documents: list[dict[str, object]] = []
     for number in range(events):
@@ -66,7 +68,10 @@ def shop_log(seed: int, events: int = 160) -> list[Record]:
         documents.append(payment(f"e{number}", second, customer=customer, amount=amount))
         if rng.random() < 0.1:
             documents.append(rng.choice(documents))
-    return records(documents, partitions=PARTITIONS)
+    return [
+        replace(record, value=None) if rng.random() < deletions else record
+        for record in records(documents, partitions=PARTITIONS)
+    ]
 
 
 @dataclass
@@ -86,16 +91,20 @@ class World:
     letters: ParkedLetters = field(default_factory=ParkedLetters)
     group: dict[Any, int] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=Metrics)
+    topic: str = "shop"
+    partitions: int = PARTITIONS
 
     def open_store(self) -> WindowStore:
         if self.store_of is not None:
             return self.store_of(self.bundle.id)
-        return SqliteWindowStore(self.folder / "windows.db", self.bundle.id)
+        return SqliteWindowStore(
+            self.folder / "windows.db", self.bundle.id, deletion_key=DELETION_KEY
+        )
 
     def describe(self) -> LogDescription:
         return LogDescription(
-            identity=LogIdentity(topic="shop", topic_id="t", partitions=PARTITIONS),
-            spans={p: PartitionSpan(0, len(self.log)) for p in range(PARTITIONS)},
+            identity=LogIdentity(topic=self.topic, topic_id="t", partitions=self.partitions),
+            spans={p: PartitionSpan(0, len(self.log)) for p in range(self.partitions)},
             compacted=False,
             timestamps="log_append",
         )
@@ -127,11 +136,11 @@ class World:
             ),
             store=cast("Any", Crashing(store, passed, ["begin"])),
             embedder=LengthEmbedder(self.bundle),
-            sink=cast("Any", Crashing(sink, passed, ["journal", "publish"])),
+            sink=cast("Any", Crashing(sink, passed, ["delete", "journal", "publish"])),
             dead_letters=cast("Any", Crashing(self.letters, passed, ["park"])),
             metrics=self.metrics,
         )
-        policy = WorkerPolicy(max_records=8, every_event=every_event, until_end=True)
+        policy = WorkerPolicy(max_records=8, every_event=every_event, deletes=True, until_end=True)
         try:
             Worker(parts, policy).run()
         finally:
@@ -139,12 +148,19 @@ class World:
         return passed
 
     def windows(self) -> dict[str, bytes]:
+        return {key: encode_window(window) for key, window in self.windows_of().items()}
+
+    def windows_of(self) -> dict[str, Window]:
         store = self.open_store()
+        partitions = {record.topic_partition for record in self.log}
         try:
-            found = {f"c{number}": store.read(f"c{number}") for number in range(5)}
+            known = {
+                f"c{number}": store.read(f"c{number}") for number in range(5)
+            }  # deleted ones too
+            found = {key: window for key, window in known.items() if window is not None}
+            return found | {each.entity_id: each for each in store.scan(partitions)}
         finally:
             store.close()
-        return {key: encode_window(window) for key, window in found.items() if window is not None}
 
     def dead(self) -> set[tuple[int, int]]:
         """Coordinates of the parked records; a letter may be there twice."""

@@ -147,6 +147,7 @@ def chapter_text() -> ChapterText:
         first_event="e1",
         last_event="e2",
         until=START,
+        events=(),
         header="payment: since previous|hour|amount|goods\n",
         lines=tuple(LINES),
         rendering_sha256="f" * 64,

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 from llm4es.bundle import Bundle
+from llm4es.deletion import DeletionKey
 from llm4es.errors import (
     BundleMismatch,
     LLM4ESError,
@@ -39,6 +40,7 @@ from stream_worker.worker import Parts, Worker, WorkerPolicy
 from tests.histories import START, payment, records, schema
 
 PARTITIONS = 2
+KEY = DeletionKey("a key of tests alone")
 POLICY = WindowPolicy(
     chapter_events=5,
     max_chapter_tokens=300,
@@ -64,6 +66,7 @@ class Shop:
     poisonous: Callable[[Window], bool] = lambda _: False
     happenings: dict[str, Happenings] = field(default_factory=dict)  # before "part.method"
     topic: str = "shop"
+    deletion_key: DeletionKey | None = None
     first: int = 0  # offset at which partition 0 begins
 
     def work(
@@ -103,7 +106,9 @@ class Shop:
         return part
 
     def open_store(self) -> SqliteWindowStore:
-        return SqliteWindowStore(self.folder / "windows.db", self.bundle.id)
+        return SqliteWindowStore(
+            self.folder / "windows.db", self.bundle.id, deletion_key=self.deletion_key
+        )
 
     def describe(self) -> LogDescription:
         return LogDescription(
@@ -178,7 +183,9 @@ def raising(error: LLM4ESError) -> Callable[[], NoReturn]:
 
 BAD: dict[str, tuple[Callable[[Record], Record], str, str]] = {
     "no JSON": (lambda r: replace(r, value=b"{"), "value", "is not JSON"),
-    "a null value": (lambda r: replace(r, value=None), "value", "is null"),
+    "a tombstone, and no deletion key": (
+        lambda r: replace(r, value=None), "value", "set deletion_key"
+    ),
     "a large value": (lambda r: changed(r, more="x" * 1000), "value", "max_value_bytes is 1000"),
     "no entity id": (lambda r: changed(r, customer_id=None), "customer_id", "missing"),
     "an unknown type": (lambda r: changed(r, kind="refund"), "kind", "unknown event type"),
@@ -491,3 +498,81 @@ def test_another_topic_on_the_same_windows_is_refused_and_parks_nothing(tmp_path
 
 def counted(shop: Shop, name: str) -> float | None:
     return shop.metrics.registry.get_sample_value(name)
+
+
+def tombstone(record: Record) -> Record:
+    return replace(record, value=None)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_a_tombstone_deletes_what_came_before_it_and_what_comes_after_begins_anew(
+    tmp_path: Path, batch: int
+) -> None:
+    log = payments(6)
+    log[3] = tombstone(log[3])
+    shop = Shop(tmp_path, log, deletion_key=KEY)
+    shop.work(batches=iter(lambda: batch, 0), deletes=True, every_event=True)
+    window = shop.window()
+    assert window is not None
+    assert [event.event_id for chapter in window.chapters for event in chapter.events] == [
+        "e4",
+        "e5",
+    ]
+    assert [row.last_event_id for row in shop.sink.offline] == ["e4", "e5"]
+    assert shop.sink.online["c1"].event_count == 2
+    assert shop.metrics.registry.get_sample_value(
+        "llm4es_events_total", {"outcome": "deleted"}
+    ) == 1  # fmt: skip
+
+
+def test_a_tombstone_rises_above_every_row_before_it_even_with_an_older_timestamp(
+    tmp_path: Path,
+) -> None:
+    log = payments(3)
+    log[2] = replace(log[2], value=None, timestamp=START - timedelta(days=1))
+    shop = Shop(tmp_path, log, deletion_key=KEY)
+    shop.work(batches=[2], deletes=True)
+    window = shop.window()
+    assert window is not None
+    assert window.deleted
+    assert window.as_of == START + timedelta(seconds=2, microseconds=1)
+    assert shop.sink.deleted == {"c1": window.as_of}
+    assert shop.sink.online == {}
+    assert shop.sink.offline == []
+
+
+def test_a_tombstone_that_comes_again_deletes_nothing_of_the_new_history(tmp_path: Path) -> None:
+    log = payments(4)
+    log[1] = tombstone(log[1])
+    shop = Shop(tmp_path, log, deletion_key=KEY)
+    shop.work(deletes=True)
+    before = shop.told()
+    shop.group[TopicPartition("shop", 0)] = 0  # as if nothing had been committed
+    summary = shop.work(deletes=True)
+    assert shop.told() == before
+    assert summary.rows == 1
+
+
+BAD_TOMBSTONES: dict[str, tuple[Callable[[Record], Record], str, str]] = {
+    "no key": (lambda r: replace(r, key=None), "key", "missing"),
+    "an empty key": (lambda r: replace(r, key=b""), "key", "1 to 512"),
+    "no text": (lambda r: replace(r, key=b"\xff"), "key", "no UTF-8"),
+    "another partition": (lambda r: replace(r, partition=1), "partition", "stand in partition 0"),
+    "no timestamp": (lambda r: replace(r, timestamp=None), "timestamp", "has none"),
+    "1969": (lambda r: replace(r, timestamp=START.replace(year=1969), key=b"c3"), "timestamp",
+             "1969"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_TOMBSTONES)
+def test_a_tombstone_that_cannot_be_is_a_bad_record(tmp_path: Path, bad: str) -> None:
+    breaking, field, reason = BAD_TOMBSTONES[bad]
+    log = payments(3)
+    log[2] = breaking(tombstone(log[2]))
+    shop = Shop(tmp_path, log, deletion_key=KEY)
+    shop.work(deletes=True, availability_delay=None)
+    (letter,) = shop.dead().values()
+    assert letter["field"] == field
+    assert reason in letter["reason"]
+    assert letter["value"] is None
+    assert shop.sink.online["c1"].event_count == 2

@@ -1,0 +1,41 @@
+"""`as_of` is when the log knew of an event: judged here without the code that folds."""
+
+import json
+from datetime import datetime, timedelta
+
+from llm4es.features import FeatureRow
+from tests.faults.worlds import POLICY, World
+
+MICROSECOND = timedelta(microseconds=1)
+
+
+def due(world: World) -> dict[str, list[datetime]]:
+    """Every `as_of` of each customer, by DESIGN 2 alone."""
+    moments: dict[str, list[datetime]] = {}
+    newest: dict[str, datetime] = {}
+    seen: set[tuple[str, datetime, str]] = set()
+    for record in world.log:
+        document = json.loads(record.value or b"")
+        if not isinstance(document["amount"], float):
+            continue
+        customer, at = document["customer_id"], datetime.fromisoformat(document["at"])
+        late = customer in newest and newest[customer] - at > POLICY.allowed_lateness
+        if late or (customer, at, document["event_id"]) in seen:
+            continue
+        seen.add((customer, at, document["event_id"]))
+        newest[customer] = max(at, newest.get(customer, at))
+        assert record.timestamp is not None
+        known = [record.timestamp, at + MICROSECOND]
+        known += [moments[customer][-1] + MICROSECOND] if customer in moments else []
+        moments.setdefault(customer, []).append(max(known))
+    return moments
+
+
+def test_every_row_bears_the_time_at_which_the_log_knew_of_its_event(
+    event_by_event: World,
+) -> None:
+    found: dict[str, list[datetime]] = {}
+    rows: list[FeatureRow] = event_by_event.sink.offline
+    for row in rows:
+        found.setdefault(row.entity_id, []).append(row.as_of)
+    assert found == due(event_by_event)
