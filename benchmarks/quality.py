@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from export.build import Request, build_bundle
+from export.choices import AGGREGATES, EMBEDDING, SURPRISE, TERMS, TOKEN_BAG
 from export.datasets.registry import prepare
 from export.evaluate import Evaluated, View, evaluate
 from export.evaluate import Request as Question
@@ -29,7 +30,7 @@ from export.report import score_table
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 5
-EMBEDDING, SURPRISE, BAG = "embedding", "surprise", "token bag"
+ALL_THREE = f"{EMBEDDING} + {SURPRISE} + {AGGREGATES}"
 
 console = Console(stderr=True)
 
@@ -110,7 +111,7 @@ def ratings(places: Places) -> dict[str, float]:
     untrained["training"]["learning_rate"] = 1e-12
     zero = places.built("ratings-untrained", folder, "user", Recipe.model_validate(untrained))
 
-    def asked(of: Path, label: str, repeats: int = 0) -> Evaluated:
+    def asked(of: Path, label: str, *, choices: tuple[str, ...], repeats: int = 0) -> Evaluated:
         return told(
             Question(
                 bundle=of,
@@ -118,19 +119,22 @@ def ratings(places: Places) -> dict[str, float]:
                 labels=folder / "labels.parquet",
                 columns=LabelColumns(label=label),
                 kind="user",
+                choices=choices,
                 repeats=repeats,
                 resamples=200,
             )
         )
 
-    gender = asked(bundle, "label", REPEATS)
+    usual = (EMBEDDING, TOKEN_BAG, AGGREGATES, ALL_THREE, TERMS)
+    gender = asked(bundle, "label", choices=usual, repeats=REPEATS)
+    zero_shot = asked(zero, "label", choices=(EMBEDDING,))
     best = gender.best(EMBEDDING)
     return {
         "gender_auc": best.roc_auc.mean,
         "gender_auc_repeats": sum(best.repeated) / len(best.repeated),
-        "gender_token_bag_auc": gender.best(BAG).roc_auc.mean,
-        "gender_zero_shot_auc": asked(zero, "label").best(EMBEDDING).roc_auc.mean,
-        "age_auc": asked(bundle, "label_age_ge_30").best(EMBEDDING).roc_auc.mean,
+        "gender_token_bag_auc": gender.best(TOKEN_BAG).roc_auc.mean,
+        "gender_zero_shot_auc": zero_shot.best(EMBEDDING).roc_auc.mean,
+        "age_auc": asked(bundle, "label_age_ge_30", choices=usual).best(EMBEDDING).roc_auc.mean,
     }
 
 

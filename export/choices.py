@@ -22,6 +22,9 @@ from llm4es.features import SumsLayout
 __all__ = [
     "AGGREGATES",
     "EMBEDDING",
+    "SURPRISE",
+    "TERMS",
+    "TOKEN_BAG",
     "Embed",
     "Scene",
     "build_choices",
@@ -31,8 +34,10 @@ __all__ = [
 
 EMBEDDING = "embedding"
 AGGREGATES = "aggregates"
-_SURPRISE, _TERMS, _RECENCY = "surprise", "TF-IDF of the text", "recency and frequency"
-_BAG, _COLES = "token bag", "CoLES"
+SURPRISE = "surprise"
+TOKEN_BAG = "token bag"  # noqa: S105 - no password
+TERMS = "TF-IDF of the text"
+_RECENCY, _COLES = "recency and frequency", "CoLES"
 
 
 class Embed(Protocol):
@@ -100,7 +105,7 @@ def term_rows(scene: Scene) -> Terms:
             return again.aligned(terms.names)
 
         refuse_early_knowledge(
-            _TERMS, _Dense(terms.counts), recompute, scene.task, histories, asked=scene.asked
+            TERMS, _Dense(terms.counts), recompute, scene.task, histories, asked=scene.asked
         )
     return terms
 
@@ -135,21 +140,21 @@ def build_choices(
         surprise = np.column_stack([embeddings.surprise, embeddings.surprise_last])
         view = [vectors, surprise]
         ours += [
-            (_SURPRISE, [surprise]),
-            (f"{EMBEDDING} + {_SURPRISE}", [vectors, surprise]),
-            (f"{EMBEDDING} + {_SURPRISE} + {AGGREGATES}", [vectors, surprise, aggregates]),
+            (SURPRISE, [surprise]),
+            (f"{EMBEDDING} + {SURPRISE}", [vectors, surprise]),
+            (f"{EMBEDDING} + {SURPRISE} + {AGGREGATES}", [vectors, surprise, aggregates]),
         ]
     ours.append((f"{EMBEDDING} + {AGGREGATES}", [vectors, aggregates]))
     for entity, found in beside.items():
         other = [found.vectors, found.surprise, found.surprise_last[:, None]]
         ours += [(f"{entity} view", other), (f"both views ({entity})", [*view, *other])]
-    theirs = [(AGGREGATES, aggregates), (_RECENCY, recency), (_BAG, embeddings.token_bag)]
+    theirs = [(AGGREGATES, aggregates), (_RECENCY, recency), (TOKEN_BAG, embeddings.token_bag)]
     if scene.coles_seed is not None:
         theirs.append((_COLES, _coles(scene, scene.coles_seed)))
     return [
         *(Features(name, _varying(np.column_stack(parts))) for name, parts in ours),
         *(Features(name, _varying(matrix), baseline=True) for name, matrix in theirs),
-        Features(_TERMS, terms.counts, baseline=True),
+        Features(TERMS, terms.counts, baseline=True),
     ]
 
 

@@ -76,7 +76,8 @@ class View:
 class Request:
     """What to evaluate, on what, and how hard to look.
 
-    `beside` are views of other entities, judged alone and together with the first.
+    `beside` are views of other entities, judged alone and together with the first. `choices` are
+    the names of the features that are scored; all, without it.
     """
 
     bundle: Path
@@ -90,6 +91,7 @@ class Request:
     folds: int = 5
     repeats: int = 0
     scorers: tuple[ScorerName, ...] = ("lightgbm", "logistic")
+    choices: tuple[str, ...] | None = None
     coles: bool = False
     resamples: int = 1000
     seed: int = 42
@@ -183,6 +185,7 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
     scores = [
         _score(scene, features, scorer, (judge, repeats), threads=request.threads)
         for features in choices
+        if request.choices is None or features.name in request.choices
         for scorer in request.scorers
         if scorer == "logistic" or not features.sparse
     ]
