@@ -157,7 +157,6 @@ def start_from_counts(
         return
     weighed = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
     with np.errstate(invalid="ignore"):  # a share of no variance, where all entities are alike
-        with np.errstate(invalid="ignore"):  # a share of no variance, where all entities are alike
         svd = TruncatedSVD(components, random_state=seed).fit(weighed)
     found = np.zeros((vocabulary, width))
     found[:, :components] = svd.components_.T * svd.singular_values_
