@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
 from llm4es.deletion import Tombstone
 from llm4es.errors import NonFiniteEmbedding, StoreLost
-from llm4es.events import NO_OFFSETS, Record, TopicPartition
+from llm4es.events import NO_OFFSETS, NO_SPANS, OffsetSpans, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow, SumsLayout, token_weights
 from llm4es.rendering import Renderer, RenderingSpec
 from llm4es.schema import EventSchema
@@ -203,6 +203,10 @@ class ScriptedLog:
     def keep_alive(self) -> None:
         """No group, so nobody to show it."""
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """Nothing is known without counting."""
+        return {}
+
     def remaining(self) -> int | None:
         """Records still to come."""
         return sum(
@@ -228,7 +232,7 @@ class MemorySink:
         self._losses = 0
         self.deleted: dict[str, datetime] = {}
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:  # noqa: ARG002
         """Append."""
         self.offline += filter(self._kept, rows)
 

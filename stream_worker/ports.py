@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llm4es.deletion import Tombstone
 from llm4es.errors import InvalidEvent
-from llm4es.events import NO_OFFSETS, Record, TopicPartition
+from llm4es.events import NO_OFFSETS, NO_SPANS, OffsetSpans, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow
 from llm4es.windows import Window
 
@@ -114,6 +114,10 @@ class RecordSource(Protocol):
         """
         ...
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """Records to come of each partition read here, as far as is known without asking."""
+        ...
+
     def remaining(self) -> int | None:
         """Records between here and the end of the assigned partitions; None before assignment.
 
@@ -170,6 +174,10 @@ class WindowStore(Protocol):
         """Give every window of these partitions, in no order; it looks at all there are."""
         ...
 
+    def has_deleted(self) -> bool:
+        """Whether it keeps what is left of deleted entities, which no scan gives."""
+        ...
+
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
         ...
@@ -216,8 +224,11 @@ class Embedder(Protocol):
 class FeatureSink(Protocol):
     """The offline log and the online store of one feature view."""
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
-        """Return when the rows are durable in the offline log; several per entity may come."""
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
+        """Return when the rows are durable in the offline log; several per entity may come.
+
+        `spans` are the offsets that they were made from: an exact replay writes them once.
+        """
         ...
 
     def publish(
