@@ -16,7 +16,7 @@ from feast.data_format import AvroFormat, ProtoFormat
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.events import EPOCH, NO_OFFSETS, TopicPartition, entity_hash
+from llm4es.events import EPOCH, NO_OFFSETS, NO_SPANS, OffsetSpans, TopicPartition, entity_hash
 from llm4es.feast.definitions import ViewSpec
 from llm4es.feast.deletions import Deletions
 from llm4es.feast.journal import OfflineJournal
@@ -78,13 +78,14 @@ class FeastSink:
             return "protobuf", form.class_path or None
         return "json", None
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.
 
+        `spans` are the offsets that they were made from: an exact replay replaces its own parts.
         Readers see them when they are rolled. Raises SinkUnavailable, SinkRejected.
         """
         self._refuse_broken(rows)
-        self._journal.append(self._journal.kept(rows))
+        self._journal.append(self._journal.kept(rows), spans)
 
     def publish(
         self,
