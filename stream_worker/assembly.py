@@ -17,12 +17,14 @@ from llm4es.feast import FeastSink, open_sink
 from stream_worker.connections import kafka_settings, value_format
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
 from stream_worker.formats.decoding import Decode, ValueFormat, open_decoder
+from stream_worker.health import serve_health
 from stream_worker.log_checks import (
     refuse_changed_log,
     refuse_foreign_keys,
     refuse_other_topic,
 )
 from stream_worker.metrics import Metrics
+from stream_worker.ops.snapshot import restore_snapshot
 from stream_worker.ports import DeadLetters, Embedder, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
@@ -31,7 +33,7 @@ from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
-__all__ = ["Assembled", "assembled", "assembled_around", "open_window_store"]
+__all__ = ["Assembled", "assembled", "assembled_around", "deletion_key_of", "open_window_store"]
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +102,16 @@ def assembled_around(
             writer_id=f"{socket.gethostname()}-{os.getpid()}",
             roll_rows=settings.journal_roll_rows,
             roll_s=settings.journal_roll_s,
-            deletion_key=_deletion_key(settings),
+            deletion_key=deletion_key_of(settings),
             deletion_guard_s=settings.deletion_guard_s,
         )
         stack.callback(sink.close)
         store = open_window_store(settings, bundle)
         stack.callback(store.close)
+        if settings.from_snapshot is not None:
+            restore_snapshot(
+                settings.from_snapshot, store, bundle.id, deletion_key=deletion_key_of(settings)
+            )
         source, dead_letters = _open_log(settings, bundle, sink, stack)
         decode = open_decoder(_value_format(settings, sink))
         _refuse_unfit_log(source, store, bundle, decode)
@@ -121,9 +127,18 @@ def assembled_around(
                 decode=decode,
             )
         )
+        worker = Worker(parts, _policy(settings))
         if settings.metrics_port is not None:
-            parts.metrics.serve(settings.metrics_port)
-        yield Assembled(Worker(parts, _policy(settings)), parts)
+            patience_s = settings.max_poll_interval_ms / 1000
+            server = serve_health(
+                settings.metrics_port,
+                parts.metrics.registry,
+                healthy=lambda: (parts.metrics.polled_s_ago or 0.0) < patience_s,
+                ready=lambda: worker.ready,
+            )
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+        yield Assembled(worker, parts)
 
 
 def open_window_store(
@@ -140,10 +155,10 @@ def open_window_store(
             Path(rest.removeprefix("//")),
             bundle.id,
             read_only=read_only,
-            deletion_key=_deletion_key(settings),
+            deletion_key=deletion_key_of(settings),
         )
     if scheme in {"redis", "rediss", "unix"}:
-        return RedisWindowStore(url, bundle.id, deletion_key=_deletion_key(settings))
+        return RedisWindowStore(url, bundle.id, deletion_key=deletion_key_of(settings))
     raise ConfigError(
         "window_store",
         "its scheme is none of sqlite, redis, rediss and unix",
@@ -204,7 +219,8 @@ def _refuse_unfit_log(
     refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity, decode)
 
 
-def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:
+def deletion_key_of(settings: WorkerSettings) -> DeletionKey | None:
+    """Key of what deletion leaves, where the settings name one."""
     secret = settings.deletion_key
     return None if secret is None else DeletionKey(secret.get_secret_value())
 

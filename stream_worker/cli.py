@@ -135,6 +135,16 @@ def inspect_entity(
 
 @app.command()
 @with_settings
+def compact(settings: WorkerSettings, *, as_json: _Result = False) -> None:
+    """Merge the small parts of the offline log; safe beside a worker, and to kill."""
+    from stream_worker.ops.compaction import compact_log  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    compact_log(settings, as_json=as_json)
+
+
+@app.command()
+@with_settings
 def repartition(
     settings: WorkerSettings,
     *,
@@ -167,12 +177,17 @@ def repartition(
 
 @app.command()
 @with_settings
-def compact(settings: WorkerSettings, *, as_json: _Result = False) -> None:
-    """Merge the small parts of the offline log; safe beside a worker, and to kill."""
-    from stream_worker.ops.compaction import compact_log  # noqa: PLC0415 - heavy
+def snapshot(
+    settings: WorkerSettings,
+    *,
+    out: Annotated[Path, typer.Option(help="File to write", dir_okay=False)],
+    as_json: _Result = False,
+) -> None:
+    """Write the window store into one file, from which `run --from-snapshot` starts."""
+    from stream_worker.ops.snapshot_command import snapshot_store  # noqa: PLC0415 - heavy
 
     _log_to_stderr(verbose=False)
-    compact_log(settings, as_json=as_json)
+    snapshot_store(settings, out, as_json=as_json)
 
 
 @contextmanager

@@ -107,6 +107,9 @@ class WorkerSettings(BaseSettings):
     deletion_guard_s: float = Field(
         7 * 86_400.0, gt=0, description="How long a deleted entity's timestamp stays online"
     )
+    from_snapshot: Path | None = Field(
+        None, description="Snapshot that a fresh window store is filled from"
+    )
     state_dir: Path = Field(
         Path("build/state"), description="Folder of dead-letters.jsonl, with --source file"
     )

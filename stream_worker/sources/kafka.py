@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 _FETCH_BYTES = 16 << 20  # above the largest record, so that one can always be fetched
 _SAMPLE_TIMEOUT_S = 10.0
+# Of one question to the brokers. Without it kafka-python asks for ever, and as its heartbeats go on
+# meanwhile, the whole group would wait for us.
+_CALL_MS = 10_000
 _FOREVER_MS = str(2**63 - 1)  # message.timestamp.after.max.ms where nothing is bounded
 
 
@@ -127,7 +130,10 @@ class KafkaRecordSource:
     def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Offsets that the group has committed."""
         with mapped():
-            found = {tp: self._consumer.committed(kafka_partition(*tp)) for tp in partitions}
+            found = {
+                tp: self._consumer.committed(kafka_partition(*tp), timeout_ms=_CALL_MS)
+                for tp in partitions
+            }
         return {tp: offset for tp, offset in found.items() if offset is not None}
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
@@ -137,7 +143,7 @@ class KafkaRecordSource:
             for tp, offset in next_offsets.items()
         }
         try:
-            self._consumer.commit(offsets)
+            self._consumer.commit(offsets, timeout_ms=_CALL_MS)
         except KafkaError as error:
             log.warning("offsets were not committed (%s); the windows hold them", error)
 
@@ -166,6 +172,11 @@ class KafkaRecordSource:
         if self._rebalances.pending or not self._rebalances.joined:
             raise Fenced("the group has given partitions of this batch to another worker")
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """By the ends that came with the last fetch of each partition."""
+        ends = {tp: self._consumer.highwater(kafka_partition(*tp)) for tp in self._due}
+        return {tp: max(0, end - self._due[tp]) for tp, end in ends.items() if end is not None}
+
     def remaining(self) -> int | None:
         """Records up to the end of the assigned partitions; asks the brokers."""
         owned = self._consumer.assignment()
@@ -174,8 +185,10 @@ class KafkaRecordSource:
         if not owned:
             return 0 if self._group_owns_all() else None
         with mapped():
-            ends = self._consumer.end_offsets(list(owned))
-            reached = {tp: self._consumer.position(tp) for tp in ends}
+            ends = self._consumer.end_offsets(list(owned), timeout_ms=_CALL_MS)
+            reached = {tp: self._consumer.position(tp, timeout_ms=_CALL_MS) for tp in ends}
+        if None in reached.values():  # it was not found in time
+            return None
         self._refuse_skipped({TopicPartition(*tp): at for tp, at in reached.items()})
         return sum(max(0, int(end - reached[tp])) for tp, end in ends.items())
 
@@ -225,7 +238,7 @@ class KafkaRecordSource:
         if not gaps:
             return
         with mapped():
-            firsts = self._consumer.beginning_offsets(gaps)
+            firsts = self._consumer.beginning_offsets(gaps, timeout_ms=_CALL_MS)
         for partition, first in firsts.items():
             due = self._due[TopicPartition(*partition)]
             if first > due:
@@ -250,8 +263,8 @@ class KafkaRecordSource:
     def _spans(self, partitions: Sequence[int]) -> dict[int, PartitionSpan]:
         asked = [kafka_partition(self._topic, partition) for partition in partitions]
         with mapped():
-            firsts = self._consumer.beginning_offsets(asked)
-            ends = self._consumer.end_offsets(asked)
+            firsts = self._consumer.beginning_offsets(asked, timeout_ms=_CALL_MS)
+            ends = self._consumer.end_offsets(asked, timeout_ms=_CALL_MS)
         return {tp.partition: PartitionSpan(firsts[tp], ends[tp]) for tp in asked}
 
     def _read_tail(self, reader: "KafkaConsumer", count: int) -> list[Record]:

@@ -130,6 +130,12 @@ class RedisWindowStore:
                 if (window.topic, window.partition) in partitions:
                     yield window
 
+    def has_deleted(self) -> bool:
+        """Whether it keeps what is left of deleted entities."""
+        pattern = f"{_literal(self._prefix)}:deleted:*"
+        with _mapped():
+            return any(True for _ in self._client.scan_iter(match=pattern, count=_CHUNK))
+
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
         return self._by_partition("offsets", topic)

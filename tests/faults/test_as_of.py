@@ -11,18 +11,19 @@ MICROSECOND = timedelta(microseconds=1)
 
 def due(world: World) -> dict[str, list[datetime]]:
     """Every `as_of` of each customer, by DESIGN 2 alone."""
-    rows: dict[str, list[datetime]] = {}
-    last: dict[str, datetime] = {}
+    moments: dict[str, list[datetime]] = {}
+    last: dict[str, datetime] = {}  # by tombstones, too
     newest: dict[str, datetime] = {}
     seen: set[tuple[str, datetime, str]] = set()
     for record in world.log:
         assert record.timestamp is not None
-        if record.value is None:  # a tombstone: what came before goes, and `as_of` rises
+        if record.value is None:
             customer = (record.key or b"").decode()
-            rows[customer] = []
+            before = [last[customer] + MICROSECOND] if customer in last else []
+            last[customer] = max(record.timestamp, *before)
             newest.pop(customer, None)
+            moments.pop(customer, None)  # its rows are gone
             seen = {each for each in seen if each[0] != customer}
-            last[customer] = max([record.timestamp, *after(last, customer)])
             continue
         document = json.loads(record.value)
         if not isinstance(document["amount"], float):
@@ -33,13 +34,11 @@ def due(world: World) -> dict[str, list[datetime]]:
             continue
         seen.add((customer, at, document["event_id"]))
         newest[customer] = max(at, newest.get(customer, at))
-        last[customer] = max([record.timestamp, at + MICROSECOND, *after(last, customer)])
-        rows.setdefault(customer, []).append(last[customer])
-    return {customer: moments for customer, moments in rows.items() if moments}
-
-
-def after(last: dict[str, datetime], customer: str) -> list[datetime]:
-    return [last[customer] + MICROSECOND] if customer in last else []
+        known = [record.timestamp, at + MICROSECOND]
+        known += [last[customer] + MICROSECOND] if customer in last else []
+        last[customer] = max(known)
+        moments.setdefault(customer, []).append(last[customer])
+    return moments
 
 
 def test_every_row_bears_the_time_at_which_the_log_knew_of_its_event(
