@@ -30,7 +30,14 @@ from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
-__all__ = ["Assembled", "assembled", "assembled_around", "open_window_store"]
+__all__ = [
+    "Assembled",
+    "assembled",
+    "assembled_around",
+    "deletion_key_of",
+    "open_window_store",
+    "worker_policy",
+]
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +95,7 @@ def assembled_around(
             writer_id=f"{socket.gethostname()}-{os.getpid()}",
             roll_rows=settings.journal_roll_rows,
             roll_s=settings.journal_roll_s,
-            deletion_key=_deletion_key(settings),
+            deletion_key=deletion_key_of(settings),
             deletion_guard_s=settings.deletion_guard_s,
         )
         stack.callback(sink.close)
@@ -109,7 +116,7 @@ def assembled_around(
         )
         if settings.metrics_port is not None:
             parts.metrics.serve(settings.metrics_port)
-        yield Assembled(Worker(parts, _policy(settings)), parts)
+        yield Assembled(Worker(parts, worker_policy(settings)), parts)
 
 
 def open_window_store(
@@ -126,10 +133,10 @@ def open_window_store(
             Path(rest.removeprefix("//")),
             bundle.id,
             read_only=read_only,
-            deletion_key=_deletion_key(settings),
+            deletion_key=deletion_key_of(settings),
         )
     if scheme in {"redis", "rediss", "unix"}:
-        return RedisWindowStore(url, bundle.id, deletion_key=_deletion_key(settings))
+        return RedisWindowStore(url, bundle.id, deletion_key=deletion_key_of(settings))
     raise ConfigError(
         "window_store",
         "its scheme is none of sqlite, redis, rediss and unix",
@@ -182,12 +189,14 @@ def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) 
     refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
 
 
-def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:
+def deletion_key_of(settings: WorkerSettings) -> DeletionKey | None:
+    """Give the key under which deleted entities are kept. Raises ConfigError."""
     secret = settings.deletion_key
     return None if secret is None else DeletionKey(secret.get_secret_value())
 
 
-def _policy(settings: WorkerSettings) -> WorkerPolicy:
+def worker_policy(settings: WorkerSettings) -> WorkerPolicy:
+    """How a worker goes about its batches, as the settings say."""
     keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
     delay = timedelta(milliseconds=settings.availability_delay_ms)
     return WorkerPolicy(
