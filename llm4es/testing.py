@@ -114,7 +114,7 @@ class LengthEmbedder:
                 tokens = self.bundle.tokens.tokenize(chapter.events)
                 weights = token_weights(self.layout, tokens.events, [chapter.count])[0]
                 states = (weights @ tokens.ids.astype(np.float64))[:, None]
-                sums.append(self.layout.pack(states, weights.sum(axis=-1), None))
+                sums.append(self.layout.pack(states, weights.sum(axis=-1)))
                 if index < len(window.chapters) - 1:
                     done[index] = FinishedChapter(ids_hash=tokens.ids_hash, sums=sums[-1])
             vectors.append(self.layout.finish(self.layout.total(window, sums, visible))[0])
@@ -202,6 +202,10 @@ class ScriptedLog:
 
     def keep_alive(self) -> None:
         """No group, so nobody to show it."""
+
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """Nothing is known without counting."""
+        return {}
 
     def remaining(self) -> int | None:
         """Records still to come."""

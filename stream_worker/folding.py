@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from llm4es.bundle import Bundle
@@ -13,10 +13,13 @@ from llm4es.events import (
     Record,
     TopicPartition,
     coordinates_id,
+    decode_object,
     entity_id_of_key,
-    parse_event,
+    origin_of,
+    parse_document,
 )
 from llm4es.windows import Outcome, Window, bury, fold
+from stream_worker.formats.decoding import Decode
 from stream_worker.ports import DeadLetter
 
 __all__ = ["Coordinates", "Folding", "RecordFolder", "coordinates_of"]
@@ -75,12 +78,14 @@ class RecordFolder:
         availability_delay: timedelta | None,
         every_event: bool,
         deletes: bool = False,
+        decode: Decode = decode_object,
     ) -> None:
         self._bundle = bundle
         self._max_value_bytes = max_value_bytes
         self._availability_delay = availability_delay
         self._every_event = every_event
         self._deletes = deletes
+        self._decode = decode
 
     def fold(
         self,
@@ -93,7 +98,7 @@ class RecordFolder:
         parsed: list[tuple[Record, Event | _Deletion]] = []
         for record in records:
             try:
-                if (cause := poison.get(coordinates_of(record))) is not None:
+                if poison and (cause := poison.get(coordinates_of(record))) is not None:
                     raise cause
                 parsed.append((record, self._parse(record)))
             except InvalidEvent as cause:
@@ -115,7 +120,8 @@ class RecordFolder:
 
     def _fold_one(self, folding: Folding, record: Record, event: Event | _Deletion) -> None:
         window = folding.windows[event.entity_id]
-        if window.topic is not None and (window.topic, window.partition) != record.topic_partition:
+        here = window.partition == record.partition and window.topic == record.topic
+        if window.topic is not None and not here:
             raise InvalidEvent(
                 "partition",
                 f"the entity's records stand in partition {window.partition} of {window.topic}, "
@@ -126,11 +132,15 @@ class RecordFolder:
             return
         folded, outcome = self._fold_into(window, record, event)
         folding.outcomes[outcome] += 1
-        folding.windows[event.entity_id] = replace(
-            folded,
+        folding.windows[event.entity_id] = Window(  # `replace` takes four times as long
+            entity_id=folded.entity_id,
+            version=folded.version,
             topic=record.topic,
             partition=record.partition,
             next_offset=record.offset + 1,
+            as_of=folded.as_of,
+            sealed=folded.sealed,
+            chapters=folded.chapters,
         )
         folding.changed.add(event.entity_id)
         if isinstance(event, _Deletion):
@@ -151,6 +161,7 @@ class RecordFolder:
             recorded_at=self._recorded_at(record, event),
             policy=self._bundle.manifest.window,
             measure=self._bundle.tokens.measure,
+            surely_fits=self._bundle.tokens.surely_fits,
         )
         return folded.window, folded.outcome
 
@@ -165,19 +176,20 @@ class RecordFolder:
             raise InvalidEvent(
                 "value", f"{len(record.value)} bytes, max_value_bytes is {self._max_value_bytes}"
             )
-        event = parse_event(
-            record.value,
+        event = parse_document(
+            self._decode(record.value),
             self._bundle.schema,
             entity=self._bundle.manifest.entity,
-            coordinates=coordinates_id(record.topic, record.partition, record.offset),
+            coordinates=coordinates_id(*origin_of(record)[:3]),
         )
         if record.key != event.entity_id.encode():
             raise InvalidEvent("key", "is not the entity's id in UTF-8")
         return event
 
     def _recorded_at(self, record: Record, event: Event | None) -> datetime:
-        if record.timestamp is not None:
-            return record.timestamp
+        timestamp = origin_of(record).timestamp
+        if timestamp is not None:
+            return timestamp
         if self._availability_delay is None or event is None:
             raise InvalidEvent("timestamp", "the record has none, or one that is no time")
         return event.occurred_at + self._availability_delay

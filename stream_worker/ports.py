@@ -114,6 +114,10 @@ class RecordSource(Protocol):
         """
         ...
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """Records to come of each partition read here, as far as is known without asking."""
+        ...
+
     def remaining(self) -> int | None:
         """Records between here and the end of the assigned partitions; None before assignment.
 
@@ -168,6 +172,10 @@ class WindowStore(Protocol):
 
     def scan(self, partitions: Collection[TopicPartition]) -> Iterator[Window]:
         """Give every window of these partitions, in no order; it looks at all there are."""
+        ...
+
+    def has_deleted(self) -> bool:
+        """Whether it keeps what is left of deleted entities, which no scan gives."""
         ...
 
     def offsets(self, topic: str) -> dict[TopicPartition, int]:

@@ -1,5 +1,6 @@
 """`run`: a worker under signals, with a live table if one is asked for."""
 
+import gc
 import logging
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from stream_worker.metrics import Summary
 from stream_worker.settings import WorkerSettings
 from stream_worker.stopping import stopping_on_signals
 
-__all__ = ["run_worker", "summary_table"]
+__all__ = ["relax_gc", "run_worker", "summary_table"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def run_worker(settings: WorkerSettings, *, live: bool, as_json: bool) -> None:
     """Run until SIGTERM, SIGINT or the log's end; print what was done to stdout."""
     started = time.monotonic()
     with assembled(settings) as parts:
+        relax_gc()
         log.info("ready")
         with stopping_on_signals(parts.worker.stop), _display(parts, live=live) as on_batch:
             parts.worker.run(on_batch)
@@ -58,6 +60,16 @@ def summary_table(summary: Summary) -> Table:
     ):
         table.add_row(name, value)
     return table
+
+
+def relax_gc() -> None:
+    """Leave what was made so far alone, and look through the rest seldom.
+
+    Windows are many small objects without cycles: looking through them costs a third of the time
+    that events take.
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @contextmanager

@@ -4,12 +4,15 @@ Feast warns, or says nothing, where it drops a row, keeps NaN or keeps a vector 
 length; so everything is checked here, when the sink is opened and for each row.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from feast import KafkaSource
+from feast.data_format import AvroFormat, ProtoFormat
 
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
@@ -66,11 +69,15 @@ class FeastSink:
         return self._stream("kafka_bootstrap_servers")
 
     @property
-    def value_format(self) -> str:
-        """How the view's stream source says that values are written: json, avro or proto."""
+    def value_format(self) -> tuple[Literal["json", "avro", "protobuf"], str | None]:
+        """Format of the stream source's values, and Avro's schema or Protobuf's message."""
         source = self._target.view.stream_source
-        told = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
-        return type(told).__name__.removesuffix("Format").lower() if told is not None else "json"
+        form = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
+        if isinstance(form, AvroFormat):
+            return "avro", form.schema_json or None
+        if isinstance(form, ProtoFormat):
+            return "protobuf", form.class_path or None
+        return "json", None
 
     def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.
@@ -180,7 +187,10 @@ class FeastSink:
         if rows or held or ahead:
             topic = next((tp.topic for tp in of), "")
             self.superseded += len(self._online.write(rows, topic=topic, held=held, ahead=ahead))
-            self._online.sync()  # rows survive what the offsets survive
+            if not ahead:
+                # What a power cut takes of rows, it takes of their marks: then they are published
+                # again. Without marks nobody would know.
+                self._online.sync()
 
     def _stream(self, option: str) -> str:
         source = self._target.view.stream_source
@@ -195,11 +205,33 @@ class FeastSink:
         return str(value)
 
     def _refuse_broken(self, rows: Sequence[FeatureRow]) -> None:
+        if self._sound(rows):
+            return
         for row in rows:
             problem = self._problem(row)
             if problem is not None:
                 entity = entity_hash(row.entity_id)
                 raise SinkRejected(f"row of entity {entity} at {row.as_of}: {problem}")
+
+    def _sound(self, rows: Sequence[FeatureRow]) -> bool:
+        """Whether all rows are as they should be, looked at together: else one by one."""
+        for vectors, size in (
+            ([row.embedding for row in rows], self._dim),
+            ([row.surprise for row in rows], self._columns),
+        ):
+            if any(each.shape != (size,) or each.dtype != np.float32 for each in vectors):
+                return False
+            if rows and not np.isfinite(np.stack(vectors)).all():
+                return False
+        return all(
+            row.as_of.tzinfo is not None
+            and row.last_event_time.tzinfo is not None
+            and row.as_of >= EPOCH
+            and row.entity_id
+            and row.bundle_id == self._bundle_id
+            and math.isfinite(row.surprise_last)
+            for row in rows
+        )
 
     def _problem(self, row: FeatureRow) -> str | None:
         for name, vector, size in (

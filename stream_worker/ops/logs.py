@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 from llm4es.bundle import Bundle
 from llm4es.errors import ConfigError, InvalidEvent
 from llm4es.events import NO_OFFSETS, Record, TopicPartition, parse_event
+from llm4es.feast import FeastSink
+from stream_worker.connections import kafka_settings
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaRecordSource
@@ -15,7 +16,6 @@ from stream_worker.sources.kafka_client import KafkaSettings
 
 __all__ = [
     "ReplayableLog",
-    "StreamNames",
     "kafka_of",
     "moments_of",
     "open_log",
@@ -30,32 +30,18 @@ _POLL_S = 0.2
 _POLLED = 4096
 
 
-class StreamNames(Protocol):
-    """A feature view that may name its topic and brokers, as sinks and readers do."""
-
-    @property
-    def topic(self) -> str:
-        """Raises ConfigError where the view names none."""
-        ...
-
-    @property
-    def bootstrap_servers(self) -> str:
-        """Raises ConfigError where the view names none."""
-        ...
-
-
-def kafka_of(settings: WorkerSettings, named: StreamNames) -> KafkaSettings:
+def kafka_of(settings: WorkerSettings, named: FeastSink) -> KafkaSettings:
     """How Kafka is reached."""
-    return KafkaSettings(bootstrap_servers=settings.bootstrap_servers or named.bootstrap_servers)
+    return kafka_settings(settings, settings.bootstrap_servers or named.bootstrap_servers)
 
 
-def topic_of(settings: WorkerSettings, named: StreamNames) -> str:
+def topic_of(settings: WorkerSettings, named: FeastSink) -> str:
     """Topic of events."""
     return settings.topic or named.topic
 
 
 def open_log(
-    settings: WorkerSettings, bundle: Bundle, named: StreamNames, *, log: str | None = None
+    settings: WorkerSettings, bundle: Bundle, named: FeastSink, *, log: str | None = None
 ) -> ReplayableLog:
     """Open the settings' log, or files at `log` (a path or an address) instead.
 

@@ -30,10 +30,12 @@ from llm4es.errors import BundleMismatch, ConfigError
 from llm4es.events import TopicPartition
 from llm4es.feast import FeastSink, open_sink
 from llm4es.features import view_name
-from stream_worker.assembly import deletion_key_of, worker_policy
+from stream_worker.assembly import deletion_key_of, value_format_of, worker_policy
+from stream_worker.formats.decoding import Decode, open_decoder
 from stream_worker.metrics import Metrics, Summary
 from stream_worker.ops.logs import ReplayableLog, moments_of, open_log
 from stream_worker.ops.replay_sink import Into, LetterCount, ReplaySink
+from stream_worker.ops.snapshot import restore_snapshot
 from stream_worker.ops.spans import Span, SpanSource, TokenBucket, resolve_offsets
 from stream_worker.ports import Embedder, LogDescription
 from stream_worker.settings import WorkerSettings
@@ -127,6 +129,7 @@ class Replay:
         source: Callable[[], ReplayableLog],
         sink: FeastSink | None,
         embedder: Callable[[], Embedder],
+        decode: Decode,
         keys: frozenset[bytes] | None,
         rate: float | None,
         resumed: bool,
@@ -139,6 +142,7 @@ class Replay:
         self._open_source = source
         self._sink = sink
         self._open_embedder = embedder
+        self._decode = decode
         self._keys = keys
         self._bucket = None if rate is None else TokenBucket(rate)
         self._resumed = resumed
@@ -163,6 +167,7 @@ class Replay:
             self.folder / _WINDOWS, self._bundle.id, deletion_key=deletion_key_of(self._settings)
         )
         try:
+            self._begin_from_snapshot(store)
             embedder = self._open_embedder()
             policy = replace(
                 worker_policy(self._settings),
@@ -218,6 +223,29 @@ class Replay:
         self._write(report)
         return report
 
+    def _begin_from_snapshot(self, store: SqliteWindowStore) -> None:
+        """Fill the windows from the snapshot that the settings name, if it is no later."""
+        snapshot = self._settings.from_snapshot
+        if snapshot is None:
+            return
+        held = restore_snapshot(
+            snapshot, store, self._bundle.id, deletion_key=deletion_key_of(self._settings)
+        )
+        late = [
+            tp.partition
+            for tp, at in held.items()
+            if at > self.plan.spans.get(tp.partition, (0, 0, 0))[1]
+        ]
+        if late:
+            store.close()
+            for path in self.folder.glob(f"{_WINDOWS}*"):
+                path.unlink()
+            raise ConfigError(
+                "from_snapshot",
+                f"stands for offsets within the span (partitions {', '.join(map(str, late))})",
+                "name an older snapshot, or none",
+            )
+
     def _work(
         self,
         name: str,
@@ -249,6 +277,7 @@ class Replay:
                         sink=sink,
                         dead_letters=letters,
                         metrics=metrics,
+                        decode=self._decode,
                     )
                 ),
                 policy,
@@ -355,6 +384,7 @@ def opened_replay(
             source=open_source,
             sink=None if into == "nowhere" else sink,
             embedder=open_model,
+            decode=open_decoder(value_format_of(settings, sink)),
             keys=keys,
             rate=request.rate,
             resumed=keep and begun is not None,

@@ -22,8 +22,10 @@ from stream_worker.sources.kafka_client import (
     KafkaSettings,
     OffsetAndMetadata,
     admin,
+    connecting,
     kafka_partition,
     mapped,
+    to_record,
     topic_configs,
 )
 
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 
 _FETCH_BYTES = 16 << 20  # above the largest record, so that one can always be fetched
 _SAMPLE_TIMEOUT_S = 10.0
+# Of one question to the brokers. Without it kafka-python asks for ever, and as its heartbeats go on
+# meanwhile, the whole group would wait for us.
+_CALL_MS = 10_000
 _FOREVER_MS = str(2**63 - 1)  # message.timestamp.after.max.ms where nothing is bounded
 
 
@@ -73,7 +78,7 @@ class KafkaRecordSource:
         self._unplaced: set[TopicPartition] = set()
         self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
         self._due: dict[TopicPartition, int] = {}  # offsets that are read next
-        with mapped():
+        with connecting(self._settings):
             self._consumer = KafkaConsumer(
                 **self._consumer_config(), **(group.config if group else {})
             )
@@ -100,7 +105,7 @@ class KafkaRecordSource:
 
     def sample(self, count: int) -> Sequence[Record]:
         """Read the newest records with a consumer of no group."""
-        with mapped():
+        with connecting(self._settings):
             reader = KafkaConsumer(**self._consumer_config())
         try:
             with mapped():
@@ -132,14 +137,17 @@ class KafkaRecordSource:
         }
         self._refuse_skipped({tp: raws[0].offset for tp, raws in batches.items()})
         self._due |= {tp: raws[-1].offset + 1 for tp, raws in batches.items()}
-        return [_record(raw) for raws in batches.values() for raw in raws]
+        return [to_record(raw) for raws in batches.values() for raw in raws]
 
     def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Offsets that the group has committed."""
         if self._group is None:
             return {}
         with mapped():
-            found = {tp: self._consumer.committed(kafka_partition(*tp)) for tp in partitions}
+            found = {
+                tp: self._consumer.committed(kafka_partition(*tp), timeout_ms=_CALL_MS)
+                for tp in partitions
+            }
         return {tp: offset for tp, offset in found.items() if offset is not None}
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
@@ -151,7 +159,7 @@ class KafkaRecordSource:
             for tp, offset in next_offsets.items()
         }
         try:
-            self._consumer.commit(offsets)
+            self._consumer.commit(offsets, timeout_ms=_CALL_MS)
         except KafkaError as error:
             log.warning("offsets were not committed (%s); the windows hold them", error)
 
@@ -208,6 +216,11 @@ class KafkaRecordSource:
         if self._rebalances.pending or not self._rebalances.joined:
             raise Fenced("the group has given partitions of this batch to another worker")
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """By the ends that came with the last fetch of each partition."""
+        ends = {tp: self._consumer.highwater(kafka_partition(*tp)) for tp in self._due}
+        return {tp: max(0, end - self._due[tp]) for tp, end in ends.items() if end is not None}
+
     def remaining(self) -> int | None:
         """Records up to the end of the assigned partitions; asks the brokers."""
         owned = self._consumer.assignment()
@@ -216,8 +229,10 @@ class KafkaRecordSource:
         if not owned:
             return 0 if self._group_owns_all() else None
         with mapped():
-            ends = self._consumer.end_offsets(list(owned))
-            reached = {tp: self._consumer.position(tp) for tp in ends}
+            ends = self._consumer.end_offsets(list(owned), timeout_ms=_CALL_MS)
+            reached = {tp: self._consumer.position(tp, timeout_ms=_CALL_MS) for tp in ends}
+        if None in reached.values():  # it was not found in time
+            return None
         self._refuse_skipped({TopicPartition(*tp): at for tp, at in reached.items()})
         return sum(max(0, int(end - reached[tp])) for tp, end in ends.items())
 
@@ -267,7 +282,7 @@ class KafkaRecordSource:
         if not gaps:
             return
         with mapped():
-            firsts = self._consumer.beginning_offsets(gaps)
+            firsts = self._consumer.beginning_offsets(gaps, timeout_ms=_CALL_MS)
         for partition, first in firsts.items():
             due = self._due[TopicPartition(*partition)]
             if first > due:
@@ -292,8 +307,8 @@ class KafkaRecordSource:
     def _spans(self, partitions: Sequence[int]) -> dict[int, PartitionSpan]:
         asked = [kafka_partition(self._topic, partition) for partition in partitions]
         with mapped():
-            firsts = self._consumer.beginning_offsets(asked)
-            ends = self._consumer.end_offsets(asked)
+            firsts = self._consumer.beginning_offsets(asked, timeout_ms=_CALL_MS)
+            ends = self._consumer.end_offsets(asked, timeout_ms=_CALL_MS)
         return {tp.partition: PartitionSpan(firsts[tp], ends[tp]) for tp in asked}
 
     def _read_tail(self, reader: "KafkaConsumer", count: int) -> list[Record]:
@@ -312,7 +327,7 @@ class KafkaRecordSource:
                 log.warning("only %d records of the topic could be looked at", len(records))
                 break
             found = reader.poll(timeout_ms=200)
-            records += [_record(raw) for batch in found.values() for raw in batch]
+            records += [to_record(raw) for batch in found.values() for raw in batch]
         return records
 
 
@@ -342,28 +357,6 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-pyt
         taken = self._revoked, self._assigned
         self._revoked, self._assigned = set(), set()
         return taken
-
-
-def _record(raw: Any) -> Record:  # noqa: ANN401 - kafka-python's ConsumerRecord has no type
-    return Record(
-        topic=raw.topic,
-        partition=raw.partition,
-        offset=raw.offset,
-        timestamp=_moment(raw.timestamp),
-        key=raw.key,
-        value=raw.value,
-        headers=tuple(raw.headers),
-    )
-
-
-def _moment(timestamp_ms: int) -> datetime | None:
-    """Read a timestamp; None where there is none (-1), or a producer sent one that is no time."""
-    if timestamp_ms < 0:
-        return None
-    try:
-        return EPOCH + timedelta(milliseconds=timestamp_ms)
-    except OverflowError:
-        return None
 
 
 def _timestamps(configs: Mapping[str, str]) -> Timestamps:
