@@ -33,7 +33,15 @@ from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
-__all__ = ["Assembled", "assembled", "assembled_around", "deletion_key_of", "open_window_store"]
+__all__ = [
+    "Assembled",
+    "assembled",
+    "assembled_around",
+    "deletion_key_of",
+    "open_window_store",
+    "value_format_of",
+    "worker_policy",
+]
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +121,7 @@ def assembled_around(
                 settings.from_snapshot, store, bundle.id, deletion_key=deletion_key_of(settings)
             )
         source, dead_letters = _open_log(settings, bundle, sink, stack)
-        decode = open_decoder(_value_format(settings, sink))
+        decode = open_decoder(value_format_of(settings, sink))
         _refuse_unfit_log(source, store, bundle, decode)
         parts = wrap(
             Parts(
@@ -127,7 +135,7 @@ def assembled_around(
                 decode=decode,
             )
         )
-        worker = Worker(parts, _policy(settings))
+        worker = Worker(parts, worker_policy(settings))
         if settings.metrics_port is not None:
             patience_s = settings.max_poll_interval_ms / 1000
             server = serve_health(
@@ -203,7 +211,8 @@ def _open_log(
     return source, letters
 
 
-def _value_format(settings: WorkerSettings, sink: FeastSink) -> ValueFormat:
+def value_format_of(settings: WorkerSettings, sink: FeastSink) -> ValueFormat:
+    """How the log's values are written."""
     if settings.source == "file":  # its lines are JSON, and its columns are made so
         return ValueFormat(max_depth=settings.max_json_depth)
     return value_format(settings, *sink.value_format)
@@ -225,7 +234,8 @@ def deletion_key_of(settings: WorkerSettings) -> DeletionKey | None:
     return None if secret is None else DeletionKey(secret.get_secret_value())
 
 
-def _policy(settings: WorkerSettings) -> WorkerPolicy:
+def worker_policy(settings: WorkerSettings) -> WorkerPolicy:
+    """How a worker goes about its batches, as the settings say."""
     keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
     delay = timedelta(milliseconds=settings.availability_delay_ms)
     return WorkerPolicy(

@@ -145,6 +145,47 @@ def compact(settings: WorkerSettings, *, as_json: _Result = False) -> None:
 
 @app.command()
 @with_settings
+def replay(
+    settings: WorkerSettings,
+    *,
+    since: Annotated[
+        str, typer.Option("--from", help="start, an offset, PARTITION:OFFSET,..., or a time (ISO)")
+    ] = "start",
+    upto: Annotated[str, typer.Option("--to", help="end, or as --from; not included")] = "end",
+    into: Annotated[
+        str, typer.Option(help="Where rows go: the bundle's VIEW (or view), offline, nowhere")
+    ] = "nowhere",
+    entities: Annotated[
+        Path | None, typer.Option(help="File of entity ids, one a line: no other's rows")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Records a second at most")] = None,
+    log: Annotated[
+        str | None, typer.Option(help="Read files instead: a path, folder or address (s3://...)")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a stop or kill")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do")] = False,
+    as_json: _Result = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more")] = False,
+) -> None:
+    """Compute the rows of a span of the log again; live rows and offsets stay as they are."""
+    from stream_worker.ops.replay import ReplayRequest, replay_log  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=verbose)
+    request = ReplayRequest(
+        since=since,
+        upto=upto,
+        into=into,
+        entities=entities,
+        every_event=settings.every_event,
+        rate=rate,
+        resume=resume,
+        log=log,
+    )
+    replay_log(settings, request, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+@with_settings
 def repartition(
     settings: WorkerSettings,
     *,

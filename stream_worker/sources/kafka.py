@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from llm4es.errors import BundleMismatch, ConfigError, Fenced
-from llm4es.events import Record, TopicPartition
+from llm4es.events import EPOCH, Record, TopicPartition
 from stream_worker.ports import (
     AssignmentListener,
     LogDescription,
@@ -62,12 +63,15 @@ class KafkaGroup:
 
 
 class KafkaRecordSource:
-    """See `ports.RecordSource`. Reads `read_committed`; offsets are committed only by `commit`."""
+    """See `ports.RecordSource`. Reads `read_committed`; offsets are committed only by `commit`.
 
-    def __init__(self, settings: KafkaSettings, topic: str, group: KafkaGroup) -> None:
+    Without a group it reads every partition, commits nothing, and no group is touched.
+    """
+
+    def __init__(self, settings: KafkaSettings, topic: str, group: KafkaGroup | None) -> None:
         self._settings = settings
         self._topic = topic
-        self._group = group.name
+        self._group = group.name if group is not None else None
         self._listener: AssignmentListener | None = None
         self._rebalances = _Rebalances()
         # Assigned, but not yet told where to read from: their records are not to be used.
@@ -75,7 +79,9 @@ class KafkaRecordSource:
         self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
         self._due: dict[TopicPartition, int] = {}  # offsets that are read next
         with connecting(self._settings):
-            self._consumer = KafkaConsumer(**self._consumer_config(), **group.config)
+            self._consumer = KafkaConsumer(
+                **self._consumer_config(), **(group.config if group else {})
+            )
 
     def describe(self) -> LogDescription:
         """Ask the brokers; see `ports.RecordSource`."""
@@ -111,7 +117,13 @@ class KafkaRecordSource:
         """Join the group at the next poll."""
         self._listener = listener
         with mapped():
-            self._consumer.subscribe([self._topic], listener=self._rebalances)
+            if self._group is not None:
+                self._consumer.subscribe([self._topic], listener=self._rebalances)
+                return
+            found = self._consumer.partitions_for_topic(self._topic) or ()
+            partitions = [kafka_partition(self._topic, each) for each in sorted(found)]
+            self._consumer.assign(partitions)
+        self._rebalances.on_partitions_assigned(partitions)
 
     def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:
         """Records of one fetch; those of a partition come in order of offset."""
@@ -129,6 +141,8 @@ class KafkaRecordSource:
 
     def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Offsets that the group has committed."""
+        if self._group is None:
+            return {}
         with mapped():
             found = {
                 tp: self._consumer.committed(kafka_partition(*tp), timeout_ms=_CALL_MS)
@@ -138,6 +152,8 @@ class KafkaRecordSource:
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Commit, or log that it could not be done: the windows decide."""
+        if self._group is None:
+            return
         offsets = {
             kafka_partition(*tp): OffsetAndMetadata(offset, "", -1)
             for tp, offset in next_offsets.items()
@@ -156,6 +172,34 @@ class KafkaRecordSource:
                 with mapped():
                     self._consumer.seek(partition, offset)
                 self._due[tp] = offset
+
+    def offsets_at(
+        self,
+        moment: datetime,
+        moment_of: Callable[[Record], datetime | None],  # noqa: ARG002 - for logs without an index
+    ) -> dict[int, int]:
+        """First offset of each partition whose record is not older; its end where none is."""
+        with mapped():
+            asked = [
+                kafka_partition(self._topic, each)
+                for each in sorted(self._consumer.partitions_for_topic(self._topic) or ())
+            ]
+            at_ms = -((EPOCH - moment) // timedelta(milliseconds=1))  # rounded up
+            found = self._consumer.offsets_for_times(dict.fromkeys(asked, at_ms))
+            ends = self._consumer.end_offsets(asked)
+        return {tp.partition: found[tp].offset if found[tp] else ends[tp] for tp in asked}
+
+    def positions(self) -> dict[TopicPartition, int]:
+        """Offsets that are read next."""
+        with mapped():
+            return {
+                TopicPartition(*tp): self._consumer.position(tp)
+                for tp in self._consumer.assignment()
+            }
+
+    def pause(self, partitions: Iterable[TopicPartition]) -> None:
+        """Read no more of these."""
+        self._consumer.pause(*(kafka_partition(*tp) for tp in partitions))
 
     def keep_alive(self) -> None:
         """Poll with everything paused, so that `max_poll_interval_ms` begins anew.
