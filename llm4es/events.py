@@ -26,9 +26,11 @@ __all__ = [
     "EPOCH",
     "LATEST_TIME",
     "NO_OFFSETS",
+    "NO_SPANS",
     "Event",
     "EventKey",
     "FieldValue",
+    "OffsetSpans",
     "Record",
     "TopicPartition",
     "coordinates_id",
@@ -60,6 +62,8 @@ class TopicPartition(NamedTuple):
     partition: int
 
 
+OffsetSpans = Mapping[TopicPartition, tuple[int, int]]  # first and next offset
+NO_SPANS: Final[OffsetSpans] = MappingProxyType({})
 NO_OFFSETS: Final[Mapping[TopicPartition, int]] = MappingProxyType({})
 
 

@@ -54,7 +54,15 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
     """
 
     def open_model(bundle: Bundle) -> Embedder:
-        embedder = open_embedder(bundle, device=settings.device, threads=settings.threads)
+        embedder = open_embedder(
+            bundle,
+            device=settings.device,
+            threads=settings.threads,
+            cache_bytes=settings.kv_cache_bytes,
+            spill_folder=settings.kv_spill_folder,
+            spill_bytes=settings.kv_spill_bytes,
+        )
+        stack.callback(embedder.close)
         log.info(
             "bundle %s (%d dimensions) for %s on %s",
             bundle.id,
@@ -64,7 +72,10 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
         )
         return embedder
 
-    with assembled_around(settings, load_bundle(settings.bundle), open_model) as built:
+    with (
+        ExitStack() as stack,
+        assembled_around(settings, load_bundle(settings.bundle), open_model) as built,
+    ):
         yield built
 
 

@@ -133,6 +133,16 @@ def inspect_entity(
     show_entity(settings, entity, as_json=as_json)
 
 
+@app.command()
+@with_settings
+def compact(settings: WorkerSettings, *, as_json: _Result = False) -> None:
+    """Merge the small parts of the offline log; safe beside a worker, and to kill."""
+    from stream_worker.ops.compaction import compact_log  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    compact_log(settings, as_json=as_json)
+
+
 @contextmanager
 def _refusing() -> Iterator[None]:
     """One clear line and the exit code of the error tree."""

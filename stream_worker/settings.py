@@ -109,7 +109,16 @@ class WorkerSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto", description="Where the model runs"
     )
-    threads: int | None = Field(None, ge=1, description="The model's threads [default: all CPUs]")
+    threads: int | None = Field(
+        None, ge=1, description="The model's threads [default: the CPUs this process is given]"
+    )
+    kv_cache_bytes: int = Field(
+        1 << 30, ge=0, description="Memory for open chapters' keys and values; 0 keeps none"
+    )
+    kv_spill_folder: Path | None = Field(
+        None, description="Local folder for what does not fit there"
+    )
+    kv_spill_bytes: int = Field(16 << 30, ge=0, description="Most that is written there")
     metrics_port: int | None = Field(
         None, ge=1, le=65_535, description="Serve Prometheus metrics here"
     )

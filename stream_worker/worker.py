@@ -144,7 +144,7 @@ class Worker:
                 self._patience.with_(
                     lambda: self._sink.delete(tombstones)
                 )  # before what came after
-            self._patience.with_(lambda: self._sink.journal(batch.rows))
+            self._patience.with_(lambda: self._sink.journal(batch.rows, _spans(records)))
             self._patience.with_(  # 1. publish: offline first, then online
                 lambda: self._sink.publish(
                     batch.newest, reached=reached, held=self._places.published
@@ -198,3 +198,11 @@ class Worker:
 
 def _next_offsets(records: Sequence[Record]) -> dict[TopicPartition, int]:
     return {record.topic_partition: record.offset + 1 for record in records}
+
+
+def _spans(records: Sequence[Record]) -> dict[TopicPartition, tuple[int, int]]:
+    """First and next offset of each partition: records of one come in the order of offset."""
+    first: dict[TopicPartition, int] = {}
+    for record in records:
+        first.setdefault(record.topic_partition, record.offset)
+    return {tp: (first[tp], upto) for tp, upto in _next_offsets(records).items()}

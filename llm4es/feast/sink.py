@@ -14,7 +14,7 @@ from feast import KafkaSource
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
-from llm4es.events import EPOCH, NO_OFFSETS, TopicPartition, entity_hash
+from llm4es.events import EPOCH, NO_OFFSETS, NO_SPANS, OffsetSpans, TopicPartition, entity_hash
 from llm4es.feast.definitions import ViewSpec
 from llm4es.feast.deletions import Deletions
 from llm4es.feast.journal import OfflineJournal
@@ -65,13 +65,21 @@ class FeastSink:
         """Brokers of the view's stream source. Raises ConfigError where it has none."""
         return self._stream("kafka_bootstrap_servers")
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
+    @property
+    def value_format(self) -> str:
+        """How the view's stream source says that values are written: json, avro or proto."""
+        source = self._target.view.stream_source
+        told = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
+        return type(told).__name__.removesuffix("Format").lower() if told is not None else "json"
+
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.
 
+        `spans` are the offsets that they were made from: an exact replay replaces its own parts.
         Readers see them when they are rolled. Raises SinkUnavailable, SinkRejected.
         """
         self._refuse_broken(rows)
-        self._journal.append(self._journal.kept(rows))
+        self._journal.append(self._journal.kept(rows), spans)
 
     def publish(
         self,

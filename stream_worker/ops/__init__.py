@@ -1,0 +1,1 @@
+"""What ops run beside the worker."""
