@@ -2,16 +2,20 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llm4es.bundle import Bundle
 from llm4es.events import Record
+from llm4es.features import Embedded, SumsLayout
 from llm4es.schema import load_schema
 from llm4es.testing import modelless_bundle
-from llm4es.windows import WindowPolicy
+from llm4es.windows import FinishedChapter, Window, WindowPolicy, visible_chapters
 
-__all__ = ["SCHEMA", "bench_bundle", "documents", "make_records"]
+__all__ = ["SCHEMA", "CountEmbedder", "bench_bundle", "documents", "make_records"]
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 PARTITIONS = 4
@@ -69,3 +73,38 @@ def make_records(count: int, customers: int) -> list[Record]:
         )
         offsets[partition] += 1
     return records
+
+
+class CountEmbedder:
+    """Embedder without a model, as cheap as one can be: a chapter's state is its token count."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._layout = SumsLayout(bundle)
+        self._policy = bundle.manifest.window
+        self._dim = bundle.manifest.dim
+
+    @property
+    def half_lives(self) -> NDArray[np.float64]:
+        """Half-lives (n,) by which sums (n,) of chapters decay."""
+        return self._layout.half_lives
+
+    def embed(self, windows: Sequence[Window]) -> Embedded:
+        """B windows -> vectors (B, dim) float32; no surprise."""
+        vectors = np.empty((len(windows), self._dim), np.float32)
+        finished: list[dict[int, FinishedChapter]] = []
+        for row, window in enumerate(windows):
+            done = {}
+            for index in visible_chapters(window, self._policy)[:-1]:
+                chapter = window.chapters[index]
+                if chapter.sums is None:
+                    sums = np.full(self._layout.size, float(chapter.tokens))
+                    done[index] = FinishedChapter(ids_hash=b"", sums=sums)
+            finished.append(done)
+            vectors[row] = window.chapters[-1].tokens
+        count = len(windows)
+        return Embedded(
+            vectors,
+            np.zeros((count, 0), np.float32),
+            np.zeros(count, np.float32),
+            tuple(finished),
+        )

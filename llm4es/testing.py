@@ -203,6 +203,10 @@ class ScriptedLog:
     def keep_alive(self) -> None:
         """No group, so nobody to show it."""
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """Nothing is known without counting."""
+        return {}
+
     def remaining(self) -> int | None:
         """Records still to come."""
         return sum(

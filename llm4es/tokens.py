@@ -26,6 +26,8 @@ __all__ = ["ALL_FIELDS", "ChapterTokenizer", "TokenizedChapter", "load_tokenizer
 
 ALL_FIELDS = -1  # owner of the terminator's tokens: they count in all, and for no field
 _CACHED_LINES = 65_536
+_CACHED_COUNTS = 8_192
+_TOKENS_PER_BYTE = 2  # more than any tokenizer makes, byte fallback and normalization included
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class ChapterTokenizer:
         self.header_ids: NDArray[np.int64] = np.array((*front, *header), dtype=np.int64)
         # A line's owners follow from its text and spans, so both are the cache's key.
         self._line = lru_cache(maxsize=_CACHED_LINES)(self._tokenize)
+        self._count = lru_cache(maxsize=_CACHED_COUNTS)(self._count_tokens)
 
     @property
     def renderer(self) -> "Renderer":
@@ -88,7 +91,14 @@ class ChapterTokenizer:
 
     def measure(self, event: "Event", earlier: Sequence["Event"]) -> int:
         """Count the tokens of an event's line behind the earlier ones of its chapter."""
-        return len(self._line(self._renderer.line(event, earlier)).ids)
+        return self._count(self._renderer.text(event, earlier))
+
+    def surely_fits(self, event: "Event", limit: int) -> bool:
+        """Whether the event's line has at most `limit` tokens behind any others.
+
+        False where that cannot be told without tokenizing.
+        """
+        return _TOKENS_PER_BYTE * self._renderer.longest(event) <= limit
 
     def tokenize(
         self, events: Sequence["Event"], *, earlier: Sequence["Event"] = ()
@@ -109,6 +119,9 @@ class ChapterTokenizer:
             events=np.repeat(np.arange(len(lines)), counts),
             owners=np.fromiter((o for line in lines for o in line.owners), np.int64, sum(counts)),
         )
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that is no event's line: what a model was trained on besides."""

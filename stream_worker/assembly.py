@@ -15,6 +15,7 @@ from llm4es.engine import open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
+from stream_worker.health import serve_health
 from stream_worker.log_checks import (
     refuse_changed_log,
     refuse_foreign_keys,
@@ -118,9 +119,18 @@ def assembled_around(
                 metrics=Metrics(),
             )
         )
+        worker = Worker(parts, _policy(settings))
         if settings.metrics_port is not None:
-            parts.metrics.serve(settings.metrics_port)
-        yield Assembled(Worker(parts, _policy(settings)), parts)
+            patience_s = settings.max_poll_interval_ms / 1000
+            server = serve_health(
+                settings.metrics_port,
+                parts.metrics.registry,
+                healthy=lambda: (parts.metrics.polled_s_ago or 0.0) < patience_s,
+                ready=lambda: worker.ready,
+            )
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+        yield Assembled(worker, parts)
 
 
 def open_window_store(

@@ -1,5 +1,6 @@
 """Records into rows and windows: folded, embedded in chunks of bounded cost, settled."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ class ReadBatch:
     rows: list[FeatureRow] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     tokens: int = 0  # of the chapters that were given to the model
+    seconds: float = 0.0  # in the model
 
     @property
     def newest(self) -> list[FeatureRow]:
@@ -51,6 +53,7 @@ class BatchReader:
         self._embedder = embedder
         self._max_tokens = max_tokens
         self._between = between
+        self._seconds = 0.0
 
     def read(self, records: Sequence[Record], load: _Load) -> ReadBatch:
         """Fold and embed; an event that alone makes the output not finite becomes a letter."""
@@ -67,6 +70,7 @@ class BatchReader:
         return self._rows(windows)[0]
 
     def _embed(self, folding: Folding) -> ReadBatch:
+        before = self._seconds
         rows, finished, tokens = self._rows(folding.states)
         windows = [
             settle(
@@ -79,7 +83,7 @@ class BatchReader:
             else folding.windows[entity_id]
             for entity_id in sorted(folding.changed)
         ]
-        return ReadBatch(folding, rows, windows, tokens)
+        return ReadBatch(folding, rows, windows, tokens, self._seconds - before)
 
     def _rows(
         self, states: Sequence[Window]
@@ -92,10 +96,12 @@ class BatchReader:
             if start:
                 self._between()
             chunk = states[start:end]
+            started = time.perf_counter()
             try:
                 embedded = self._embedder.embed(chunk)
             except NonFiniteEmbedding as error:
                 raise NonFiniteEmbedding(tuple(start + row for row in error.rows)) from error
+            self._seconds += time.perf_counter() - started
             total += tokens
             for index, window in enumerate(chunk):
                 rows.append(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from llm4es.bundle import Bundle
@@ -93,7 +93,7 @@ class RecordFolder:
         parsed: list[tuple[Record, Event | _Deletion]] = []
         for record in records:
             try:
-                if (cause := poison.get(coordinates_of(record))) is not None:
+                if poison and (cause := poison.get(coordinates_of(record))) is not None:
                     raise cause
                 parsed.append((record, self._parse(record)))
             except InvalidEvent as cause:
@@ -115,7 +115,8 @@ class RecordFolder:
 
     def _fold_one(self, folding: Folding, record: Record, event: Event | _Deletion) -> None:
         window = folding.windows[event.entity_id]
-        if window.topic is not None and (window.topic, window.partition) != record.topic_partition:
+        here = window.partition == record.partition and window.topic == record.topic
+        if window.topic is not None and not here:
             raise InvalidEvent(
                 "partition",
                 f"the entity's records stand in partition {window.partition} of {window.topic}, "
@@ -126,11 +127,15 @@ class RecordFolder:
             return
         folded, outcome = self._fold_into(window, record, event)
         folding.outcomes[outcome] += 1
-        folding.windows[event.entity_id] = replace(
-            folded,
+        folding.windows[event.entity_id] = Window(  # `replace` takes four times as long
+            entity_id=folded.entity_id,
+            version=folded.version,
             topic=record.topic,
             partition=record.partition,
             next_offset=record.offset + 1,
+            as_of=folded.as_of,
+            sealed=folded.sealed,
+            chapters=folded.chapters,
         )
         folding.changed.add(event.entity_id)
         if isinstance(event, _Deletion):
@@ -151,6 +156,7 @@ class RecordFolder:
             recorded_at=self._recorded_at(record, event),
             policy=self._bundle.manifest.window,
             measure=self._bundle.tokens.measure,
+            surely_fits=self._bundle.tokens.surely_fits,
         )
         return folded.window, folded.outcome
 

@@ -1,17 +1,25 @@
 """What the worker counts, for Prometheus and for the live table."""
 
+import time
 from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate
 
 import numpy as np
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
-from llm4es.errors import ConfigError
+from llm4es.events import Record, TopicPartition
 from llm4es.windows import Outcome
 from stream_worker.ports import DeadLetter
 
@@ -24,6 +32,13 @@ _COUNTERS: Mapping[str, tuple[str, str | None]] = {  # name: (what it counts, to
     "late_dropped": ("Events older than the allowed lateness", None),
     "dead_letters": ("Records parked, by field", "field"),
     "embeddings": ("Rows published", None),
+    "coalesced": ("Accepted events that share a row with a later one of their batch", None),
+    "batch_tokens": ("Tokens of the chapters that were given to the model", None),
+    "inference_seconds": ("Time in the model", None),
+    "sink_seconds": ("Time in the offline log and the online store", None),
+    "window_cache_hits": ("Windows that were still decoded", None),
+    "window_cache_misses": ("Windows that came from the store", None),
+    "memo_hits": ("Finished chapters whose sums were remembered", None),
     "redelivered": ("Records that were folded already", None),
     "fenced": ("Batches dropped for another worker's sake", None),
     "retries": ("Batches read again, a store or log being away", None),
@@ -59,20 +74,58 @@ class Metrics(Collector):
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._tally: Counter[tuple[str, str]] = Counter()  # by counter and label
+        self._tally: defaultdict[tuple[str, str], float] = defaultdict(int)  # by counter and label
         self._freshness = [0] * (len(_BUCKETS) + 1)  # rows by bucket, the last without a bound
         self._freshness_sum_s = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)  # (seconds, rows)
         self._busy_s = 0.0
+        self._polled_at: float | None = None
+        self._lag: dict[TopicPartition, int] = {}
+        self._age = [0] * (len(_BUCKETS) + 1)  # events by bucket of record timestamp to readable
+        self._age_sum_s = 0.0
+        self._ages: deque[float] = deque(maxlen=_RECENT)
 
-    def serve(self, port: int) -> None:
-        """Serve the registry over HTTP. Raises ConfigError where the port cannot be had."""
-        try:
-            start_http_server(port, registry=self.registry)
-        except OSError as error:
-            raise ConfigError(
-                "metrics_port", f"port {port} cannot be had ({error.strerror})", "name a free one"
-            ) from error
+    @property
+    def polled_s_ago(self) -> float | None:
+        """How long ago the loop last polled; None before it has."""
+        return None if self._polled_at is None else time.monotonic() - self._polled_at
+
+    def polled(self, lag: Mapping[TopicPartition, int]) -> None:
+        """Note that the loop goes round, and how many records of each partition are to come."""
+        self._polled_at = time.monotonic()
+        self._lag = dict(lag)
+
+    def read(self, *, tokens: int, seconds: float, coalesced: int) -> None:
+        """Count what the model was given, how long it took, and events that got no row."""
+        self._count("batch_tokens", tokens)
+        self._count("inference_seconds", seconds)
+        self._count("coalesced", coalesced)
+
+    def sank(self, seconds: float) -> None:
+        """Count time in the sink."""
+        self._count("sink_seconds", seconds)
+
+    def cached(self, *, hits: int, misses: int, memo_hits: int) -> None:
+        """Take over what the caches have counted so far."""
+        for name, count in (
+            ("window_cache_hits", hits),
+            ("window_cache_misses", misses),
+            ("memo_hits", memo_hits),
+        ):
+            self._tally[name, ""] = count
+
+    def readable(self, records: Iterable[Record], now: datetime) -> None:
+        """Count accepted events by how long after the log got them their rows were readable."""
+        for record in records:
+            if record.timestamp is not None:
+                seconds = (now - record.timestamp).total_seconds()
+                self._age[bisect_left(_BUCKETS, seconds)] += 1
+                self._age_sum_s += seconds
+                self._ages.append(seconds)
+
+    def freshness(self) -> NDArray[np.float64]:
+        """Seconds from record timestamp to readable online of the newest accepted events."""
+        return np.array(self._ages, dtype=np.float64)
 
     def batch(self, records: int, *, seconds: float) -> None:
         """Count a batch that is done, `seconds` after it was polled."""
@@ -117,13 +170,13 @@ class Metrics(Collector):
         """Give the figures so far; freshness is over the newest rows."""
         p50, p99 = self._quantiles()
         return Summary(
-            records=self._tally["records", ""],
-            accepted=self._tally["events", Outcome.ACCEPTED],
-            duplicates=self._tally["events", Outcome.DUPLICATE],
-            late=self._tally["events", Outcome.LATE],
-            dead_letters=dict(self._labelled("dead_letters")),
-            rows=self._tally["embeddings", ""],
-            unproven_rows=self._tally["unproven_rows", ""],
+            records=int(self._tally["records", ""]),
+            accepted=int(self._tally["events", Outcome.ACCEPTED]),
+            duplicates=int(self._tally["events", Outcome.DUPLICATE]),
+            late=int(self._tally["events", Outcome.LATE]),
+            dead_letters={field: int(n) for field, n in self._labelled("dead_letters")},
+            rows=int(self._tally["embeddings", ""]),
+            unproven_rows=int(self._tally["unproven_rows", ""]),
             busy_s=self._busy_s,
             freshness_p50_s=p50,
             freshness_p99_s=p99,
@@ -138,18 +191,32 @@ class Metrics(Collector):
             for value, count in self._labelled(name) if label else ():
                 counter.add_metric([value], count)
             yield counter
-        histogram = HistogramMetricFamily(
-            "llm4es_poll_to_readable_seconds", "From poll to readable online"
-        )
-        bounds = [*map(str, _BUCKETS), "+Inf"]
-        rows = list(accumulate(self._freshness))
-        histogram.add_metric([], list(zip(bounds, rows, strict=True)), self._freshness_sum_s)
-        yield histogram
+        for name, text, counts, sum_s in (
+            ("poll_to_readable", "From poll to readable online, by row",
+             self._freshness, self._freshness_sum_s),
+            ("freshness", "From record timestamp to readable online, by event",
+             self._age, self._age_sum_s),
+        ):  # fmt: skip
+            histogram = HistogramMetricFamily(f"llm4es_{name}_seconds", text)
+            bounds = [*map(str, _BUCKETS), "+Inf"]
+            below = list(accumulate(counts))
+            histogram.add_metric([], list(zip(bounds, below, strict=True)), sum_s)
+            yield histogram
+        lag = GaugeMetricFamily("llm4es_lag", "Records still to come", labels=["partition"])
+        for tp, count in sorted(self._lag.copy().items()):
+            lag.add_metric([str(tp.partition)], count)
+        yield lag
+        ago = self.polled_s_ago
+        if ago is not None:
+            yield GaugeMetricFamily(
+                "llm4es_polled_at_seconds", "When the loop last polled, Unix time",
+                value=time.time() - ago,
+            )  # fmt: skip
 
-    def _count(self, name: str, count: int, label: str = "") -> None:
+    def _count(self, name: str, count: float, label: str = "") -> None:
         self._tally[name, label] += count
 
-    def _labelled(self, name: str) -> list[tuple[str, int]]:
+    def _labelled(self, name: str) -> list[tuple[str, float]]:
         # A copy: the loop may be counting meanwhile.
         return [
             (label, n) for (known, label), n in sorted(self._tally.copy().items()) if known == name

@@ -114,6 +114,10 @@ class RecordSource(Protocol):
         """
         ...
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """Records to come of each partition read here, as far as is known without asking."""
+        ...
+
     def remaining(self) -> int | None:
         """Records between here and the end of the assigned partitions; None before assignment.
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from llm4es.bundle import Bundle
 from llm4es.errors import Fenced, SinkUnavailable, SourceUnavailable, StoreLost
@@ -97,8 +97,15 @@ class Worker:
             unproven_start=policy.unproven_start,
         )
         self._alive_at = 0.0
+        self._embedder = parts.embedder
         self._lost = False
+        self._waits = False
         self._stopping = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has partitions, and waits for nothing."""
+        return bool(self._places.held) and not self._waits
 
     def stop(self) -> None:
         """Ask the loop to end after the batch under way. Safe in a signal handler."""
@@ -122,6 +129,7 @@ class Worker:
         """Poll one batch and carry it through; the number of its records."""
         self._alive_at = time.monotonic()
         records = self._source.poll(self._policy.max_records, self._policy.poll_timeout_s)
+        self._metrics.polled(self._source.lag())
         if not records:
             self._places.look()
             return 0
@@ -140,6 +148,7 @@ class Worker:
         reached = _next_offsets(records)
         with self._store.begin(self._places.held) as txn:  # raises where it holds less by now
             batch = self._reader.read(records, lambda ids: self._hot.load(ids, txn))
+            read_at = time.monotonic()
             if tombstones := list(batch.folding.tombstones.values()):
                 self._patience.with_(
                     lambda: self._sink.delete(tombstones)
@@ -150,7 +159,8 @@ class Worker:
                     batch.newest, reached=reached, held=self._places.published
                 )
             )
-            readable_s = time.monotonic() - polled_at
+            readable_at = time.monotonic()
+            moment = datetime.now(UTC)
             if letters := batch.folding.letters:
                 self._patience.with_(lambda: self._dead_letters.park(letters))  # 2. the bad ones
             for window in batch.windows:
@@ -160,9 +170,24 @@ class Worker:
         self._places.reached(reached)
         self._metrics.folded(batch.folding.outcomes, batch.folding.redelivered)
         self._metrics.dead(letters)
+        accepted = batch.folding.accepted.values()
+        self._metrics.readable((record for each in accepted for record, _ in each), moment)
+        self._metrics.read(
+            tokens=batch.tokens,
+            seconds=batch.seconds,
+            coalesced=sum(map(len, accepted)) - len(batch.rows),
+        )
+        self._metrics.sank(readable_at - read_at)
+        self._metrics.cached(
+            hits=self._hot.hits,
+            misses=self._hot.misses,
+            memo_hits=getattr(self._embedder, "memo_hits", 0),
+        )
         published = [batch.folding.windows[row.entity_id] for row in batch.rows]
         self._metrics.published(
-            len(batch.rows), seconds=readable_s, unproven=self._places.count_unproven(published)
+            len(batch.rows),
+            seconds=readable_at - polled_at,
+            unproven=self._places.count_unproven(published),
         )
 
     def _show_life(self) -> None:
@@ -183,7 +208,9 @@ class Worker:
         """Wait where a store or the log is away, or another worker took over; then go on."""
         try:
             yield
+            self._waits = False
         except (SinkUnavailable, SourceUnavailable) as error:
+            self._waits = True
             log.warning("%s; trying again in %.1f s", error, error.retry_after_s)
             self._metrics.retried()
             self._patience.wait(error.retry_after_s)
@@ -197,7 +224,8 @@ class Worker:
 
 
 def _next_offsets(records: Sequence[Record]) -> dict[TopicPartition, int]:
-    return {record.topic_partition: record.offset + 1 for record in records}
+    last = {(record.topic, record.partition): record.offset for record in records}
+    return {TopicPartition(*name): offset + 1 for name, offset in last.items()}
 
 
 def _spans(records: Sequence[Record]) -> dict[TopicPartition, tuple[int, int]]:

@@ -11,7 +11,7 @@ cannot lose a race to us. Feast's readers notice no difference.
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha1
 from typing import Any, NamedTuple
 
@@ -103,6 +103,7 @@ return 1
 )
 _SUPERSEDED = -1
 _PIPELINED = 512  # rows of one round trip
+_KEYS = 65_536  # entities whose keys are kept
 # What a call of redis-py may raise; its cluster client has a root of its own.
 REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 _REFUSALS = (
@@ -155,6 +156,7 @@ class RedisRows:
         self._cluster = config.online_store.redis_type == RedisType.redis_cluster
         name = _versioned_fv_name(target.view, config)
         self._view = name
+        self._key = lru_cache(_KEYS)(self._serialize_key)
         self._timestamp_field = f"_ts:{name}".encode()
         self._fields = {
             feature.name: _mmh3(f"{name}:{feature.name}") for feature in target.view.features
@@ -262,7 +264,7 @@ class RedisRows:
     def _marks_key(self, topic: str) -> str:
         return f"llm4es:{self._project}:{self._view}:marks:{topic}"
 
-    def _key(self, entity_id: str) -> bytes:
+    def _serialize_key(self, entity_id: str) -> bytes:
         key: bytes = _redis_key(
             self._project, self._target.entity_key(entity_id), self._key_version
         )

@@ -4,6 +4,7 @@ Feast warns, or says nothing, where it drops a row, keeps NaN or keeps a vector 
 length; so everything is checked here, when the sink is opened and for each row.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -195,11 +196,33 @@ class FeastSink:
         return str(value)
 
     def _refuse_broken(self, rows: Sequence[FeatureRow]) -> None:
+        if self._sound(rows):
+            return
         for row in rows:
             problem = self._problem(row)
             if problem is not None:
                 entity = entity_hash(row.entity_id)
                 raise SinkRejected(f"row of entity {entity} at {row.as_of}: {problem}")
+
+    def _sound(self, rows: Sequence[FeatureRow]) -> bool:
+        """Whether all rows are as they should be, looked at together: else one by one."""
+        for vectors, size in (
+            ([row.embedding for row in rows], self._dim),
+            ([row.surprise for row in rows], self._columns),
+        ):
+            if any(each.shape != (size,) or each.dtype != np.float32 for each in vectors):
+                return False
+            if rows and not np.isfinite(np.stack(vectors)).all():
+                return False
+        return all(
+            row.as_of.tzinfo is not None
+            and row.last_event_time.tzinfo is not None
+            and row.as_of >= EPOCH
+            and row.entity_id
+            and row.bundle_id == self._bundle_id
+            and math.isfinite(row.surprise_last)
+            for row in rows
+        )
 
     def _problem(self, row: FeatureRow) -> str | None:
         for name, vector, size in (

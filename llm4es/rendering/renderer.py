@@ -28,9 +28,11 @@ from llm4es.rendering.formats import FORMATS, FormatName
 from llm4es.rendering.words import TIME_LABELS, TimeColumn
 from llm4es.schema import (
     CategoriesField,
+    CategoryField,
     EventSchema,
     EventType,
     FieldSpec,
+    FlagField,
     FrozenModel,
     NumberField,
     QuantileBuckets,
@@ -48,6 +50,9 @@ __all__ = [
 ]
 
 _REVISION = 1  # of the code in this package: part of the hash, raised when a line would change
+# Bytes at most: of an escaped byte; of a time, a ratio or a usual number; of any other number.
+_LONGEST_ESCAPE, _LONGEST_SHORT, _LONGEST_NUMBER = 6, 32, 330
+_SHORT = 1e15
 _LISTS_REVISION = b"lists:2"  # of how lists are written, part of the hash where there are any
 
 
@@ -100,6 +105,8 @@ class _Plan:
     labels: tuple[str, ...]  # the type's own not among them
     columns: tuple[tuple[str, str, Cell], ...]  # (name, front, cell)
     ratios: tuple[str, ...]
+    longest: int  # bytes of a line at most, but for the values of the fields named next
+    fields: tuple[str, ...]
 
 
 class Renderer:
@@ -170,6 +177,28 @@ class Renderer:
         medians = {name: _median(_past(earlier, event.type, name)) for name in plan.ratios}
         return self._write(plan, event, earlier[-1].occurred_at if earlier else None, medians)
 
+    def text(self, event: Event, earlier: Sequence[Event]) -> str:
+        """Give the text alone of the event's line, behind the earlier ones of its chapter."""
+        plan = self._plans[event.type]
+        previous = earlier[-1].occurred_at if earlier else None
+        medians = {name: _median(_past(earlier, event.type, name)) for name in plan.ratios}
+        cells = [front + cell(event, previous, medians) for _, front, cell in plan.columns]
+        return "".join(cells) + self._format.terminator
+
+    def longest(self, event: Event) -> int:
+        """Bytes that the event's line has at most, whatever stands before it; never too few."""
+        plan = self._plans[event.type]
+        length = plan.longest
+        for name in plan.fields:
+            value = event.fields.get(name)
+            if isinstance(value, str):
+                length += _LONGEST_ESCAPE * len(value.encode())
+            elif isinstance(value, tuple):
+                length += _LONGEST_ESCAPE * sum(len(item.encode()) + 1 for item in value)
+            elif isinstance(value, int | float) and not -_SHORT < value < _SHORT:
+                length += _LONGEST_NUMBER
+        return length
+
     def lines(self, events: Sequence[Event]) -> list[Line]:
         """Render a chapter's events, oldest first."""
         lines = []
@@ -222,14 +251,20 @@ class Renderer:
             columns.insert(0, _Column("type", "type", lambda _event, _previous, _medians: word))
         if form.keyed:
             _refuse_one_label_twice(event_type, [column.label for column in columns], self._spec)
+        prepared = tuple(
+            (column.name, form.front(column.label, position, self._several), column.cell)
+            for position, column in enumerate(columns)
+        )
+        fronts = sum(len(front.encode()) for _, front, _ in prepared) + len(form.terminator)
         return _Plan(
             names=tuple(column.name for column in columns),
             labels=labels,
-            columns=tuple(
-                (column.name, form.front(column.label, position, self._several), column.cell)
-                for position, column in enumerate(columns)
-            ),
+            columns=prepared,
             ratios=ratios,
+            longest=fronts
+            + sum(map(_longest_word, kind.fields.values()))
+            + _LONGEST_SHORT * len(columns),
+            fields=tuple(name for name, field in kind.fields.items() if field.render),
         )
 
 
@@ -245,6 +280,19 @@ def quantile_edges(
     if not len(values):
         return np.zeros(1)
     return np.unique(np.quantile(np.asarray(values, dtype=np.float64), buckets.shares))
+
+
+def _longest_word(field: FieldSpec) -> int:
+    """Bytes of what a schema writes for a value, escaped, beside the value itself."""
+    if isinstance(field, FlagField):
+        words: Iterable[str] = field.words
+    elif isinstance(field, CategoryField | CategoriesField):
+        words = field.names.values()
+    else:
+        return 0
+    longest = max((len(word.encode()) for word in words), default=0)
+    many = field.max_items if isinstance(field, CategoriesField) else 1
+    return _LONGEST_ESCAPE * longest * many
 
 
 def _fields(schema: EventSchema) -> Iterable[FieldSpec]:

@@ -117,5 +117,6 @@ _TIME_WORDS: Mapping[TimeColumn, Callable[[datetime, datetime | None], str]] = {
 
 def ratio(value: float, median: float) -> str:
     """Write value over median, both above 0, in half-steps of powers of two: x1, x1.4, x2."""
-    halves = max(-12, min(12, round(2 * math.log2(value / median))))
+    quotient = max(1e-9, min(1e9, value / median))  # of two doubles it may be 0 or infinite
+    halves = max(-12, min(12, round(2 * math.log2(quotient))))
     return f"x{2 ** (halves / 2):.2g}"

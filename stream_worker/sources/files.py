@@ -109,6 +109,10 @@ class FileRecordSource:
     def keep_alive(self) -> None:
         """No group, so nobody to show it."""
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """Records of each partition that are still to come."""
+        return {tp: self._spans[tp.partition].end - at for tp, at in self._positions.items()}
+
     def remaining(self) -> int | None:
         """Records that were in the file when it was opened, and are still to come."""
         if not self._positions:

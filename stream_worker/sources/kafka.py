@@ -165,6 +165,11 @@ class KafkaRecordSource:
         if self._rebalances.pending or not self._rebalances.joined:
             raise Fenced("the group has given partitions of this batch to another worker")
 
+    def lag(self) -> Mapping[TopicPartition, int]:
+        """By the ends that came with the last fetch of each partition."""
+        ends = {tp: self._consumer.highwater(kafka_partition(*tp)) for tp in self._due}
+        return {tp: max(0, end - self._due[tp]) for tp, end in ends.items() if end is not None}
+
     def remaining(self) -> int | None:
         """Records up to the end of the assigned partitions; asks the brokers."""
         owned = self._consumer.assignment()

@@ -18,7 +18,7 @@ from llm4es.errors import ConfigError, Fenced, LLM4ESError, SinkUnavailable, Sto
 from llm4es.events import TopicPartition
 from llm4es.windows import Chapter, SealedHistory, Window, bury
 from stream_worker.ports import LogIdentity, WindowStore
-from stream_worker.window_store.codec import decode_window
+from stream_worker.window_store.codec import decode_window, encode_window
 from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from tests.histories import START, event
@@ -253,10 +253,44 @@ def test_a_record_of_an_unknown_layout_is_refused(tmp_path: Path) -> None:
     store.close()
 
 
+FIRST_REVISION = bytes.fromhex(  # of `window()`
+    "9701a473686f700107cf00064bf535af1001930209c418000000000000f83f00000000000004409a9999999999b9"
+    "3f92979093cf00064bf535af1000a77061796d656e74a2653093cf00064bf535cd9481a77061796d656e74a96532"
+    "2e3030303030310363c40468617368c4189a9999999999b93f000000000000f07f00000000000008c097939293cf"
+    "00064bf535af1000a77061796d656e74a2653083a6616d6f756e74cb4023fae147ae147ba5676f6f6473a26731a4"
+    "6e6f7465c09293cf00064bf535be5240a56c6f67696ea2653182a6646576696365a570686f6e65a26f6bc39293cf"
+    "00064bf535cd9481a77061796d656e74a965322e30303030303182a6616d6f756e7403a5676f6f6473a2c3a993cf"
+    "00064bf535af1000a77061796d656e74a2653093cf00064bf535cd9481a77061796d656e74a965322e3030303030"
+    "310363c0c0"
+)
+
+
 def test_a_record_of_another_revision_is_refused_with_a_remedy() -> None:
     newer = bytes([0x97, 99, *[0xC0] * 2, 0, *[0xC0] * 2, 0x90])  # msgpack: [99, nil, nil, 0, ...]
     with pytest.raises(LLM4ESError, match=r"revision 99.*; start a fresh window store"):
         decode_window("c1", 1, newer)
+
+
+def test_a_record_of_the_first_revision_is_read_and_written_in_the_newest() -> None:
+    found = decode_window("c1", 4, FIRST_REVISION)
+    assert found.version == 4
+    assert encode_window(found) == encode_window(window())
+    assert len(encode_window(found)) < len(FIRST_REVISION)
+
+
+def test_fields_in_another_order_or_number_come_back_as_they_were() -> None:
+    events = (
+        event(0, fields={"amount": 1, "goods": "g1"}),
+        event(1, fields={"goods": "g1", "amount": 1}),
+        event(2, fields={"goods": ("g1", "g2"), "ok": True, "note": None}),
+        event(2, kind="login", fields={}),
+    )
+    chapter = Chapter(events=events, first=events[0].key, last=events[-1].key, count=4, tokens=9)
+    found = decode_window("c1", 0, encode_window(window(chapters=(chapter,))))
+    assert found.chapters == (chapter,)
+    assert [list(each.fields) for each in found.chapters[0].events] == [
+        list(each.fields) for each in events
+    ]
 
 
 def test_an_sqlite_path_that_cannot_be_used_is_a_config_error(tmp_path: Path) -> None:

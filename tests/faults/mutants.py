@@ -75,15 +75,15 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
         ),
         Edit(
             "stream_worker/window_store/sqlite.py",
-            "INSERT OR IGNORE INTO windows",
-            "INSERT OR REPLACE INTO windows",
+            "        if standing != window.version:\n",
+            "        if standing < 0:\n",
         ),
     ),
     "as_of from event time": (
         Edit(
             "llm4es/windows.py",
-            "return max(recorded_at, occurred_at + _MICROSECOND, floor)",
-            "return max(occurred_at + _MICROSECOND, floor)",
+            "return max(recorded_at, after, floor)",
+            "return max(after, floor)",
         ),
     ),
     "no store offsets": (

@@ -12,10 +12,20 @@ MICROSECOND = timedelta(microseconds=1)
 def due(world: World) -> dict[str, list[datetime]]:
     """Every `as_of` of each customer, by DESIGN 2 alone."""
     moments: dict[str, list[datetime]] = {}
+    last: dict[str, datetime] = {}  # by tombstones, too
     newest: dict[str, datetime] = {}
     seen: set[tuple[str, datetime, str]] = set()
     for record in world.log:
-        document = json.loads(record.value or b"")
+        assert record.timestamp is not None
+        if record.value is None:
+            customer = (record.key or b"").decode()
+            before = [last[customer] + MICROSECOND] if customer in last else []
+            last[customer] = max(record.timestamp, *before)
+            newest.pop(customer, None)
+            moments.pop(customer, None)  # its rows are gone
+            seen = {each for each in seen if each[0] != customer}
+            continue
+        document = json.loads(record.value)
         if not isinstance(document["amount"], float):
             continue
         customer, at = document["customer_id"], datetime.fromisoformat(document["at"])
@@ -24,10 +34,10 @@ def due(world: World) -> dict[str, list[datetime]]:
             continue
         seen.add((customer, at, document["event_id"]))
         newest[customer] = max(at, newest.get(customer, at))
-        assert record.timestamp is not None
         known = [record.timestamp, at + MICROSECOND]
-        known += [moments[customer][-1] + MICROSECOND] if customer in moments else []
-        moments.setdefault(customer, []).append(max(known))
+        known += [last[customer] + MICROSECOND] if customer in last else []
+        last[customer] = max(known)
+        moments.setdefault(customer, []).append(last[customer])
     return moments
 
 

@@ -12,7 +12,7 @@ from dev.servers import RedisServer
 from llm4es.errors import ConfigError
 from llm4es.testing import Boundaries, Crash
 from stream_worker.window_store.redis import RedisWindowStore
-from tests.faults.worlds import World, assert_equal_to_clean, shop_log
+from tests.faults.worlds import DELETION_KEY, World, assert_equal_to_clean, shop_log
 
 POLLS = 60  # far more than a log of 23 batches takes
 
@@ -32,7 +32,11 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         yield World(tmp_path, shop_log(3))
         return
     with RedisServer(tmp_path / "redis", persistence="none") as server:
-        yield World(tmp_path, shop_log(3), lambda bundle: RedisWindowStore(server.url, bundle))
+        yield World(
+            tmp_path,
+            shop_log(3),
+            lambda bundle: RedisWindowStore(server.url, bundle, deletion_key=DELETION_KEY),
+        )
 
 
 @pytest.mark.parametrize("batches", [0, 1, 6, 20])
@@ -67,14 +71,20 @@ def test_windows_that_could_not_be_written_are_folded_again_though_no_group_reme
 ) -> None:
     """Redis takes the offsets and not the windows; then the worker dies, and its group is gone."""
     with RedisServer(tmp_path / "redis", persistence="none") as server:
-        world = World(tmp_path, shop_log(3), lambda bundle: RedisWindowStore(server.url, bundle))
+        world = World(
+            tmp_path,
+            shop_log(3),
+            lambda bundle: RedisWindowStore(server.url, bundle, deletion_key=DELETION_KEY),
+        )
         aside = RedisWindowStore(server.url, "aside")
         client: Any = aside._client  # noqa: SLF001 - as an operator would
 
         def forbid_windows() -> None:
             client.acl_setuser("default", enabled=True, reset_keys=True, nopass=True)
             client.execute_command(
-                "ACL", "SETUSER", "default", "%R~*:window:*", "~*:offsets:*", "~*:log:*",
+                "ACL", "SETUSER", "default", "%R~*:window:*", "%R~*:deleted:*",
+                "~*:offsets:*", "~*:log:*",
+                "~*:deletion-key",
             )  # fmt: skip
 
         with pytest.raises(ConfigError, match="no permissions"):

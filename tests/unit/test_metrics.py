@@ -3,13 +3,18 @@
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
 
 import pytest
 from prometheus_client import generate_latest
 
 from llm4es.errors import ConfigError, InvalidEvent
-from llm4es.events import Record
+from llm4es.events import Record, TopicPartition
 from llm4es.windows import Outcome
+from stream_worker.health import serve_health
 from stream_worker.metrics import Metrics
 from stream_worker.ports import DeadLetter
 from tests.commands import ROOT
@@ -68,11 +73,59 @@ def test_freshness_is_counted_by_row_up_to_and_with_each_bound() -> None:
     assert Metrics().summary().freshness_p99_s == 0
 
 
+def test_age_is_counted_by_event_from_the_records_timestamp() -> None:
+    metrics = Metrics()
+    now = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    ages_s = (0.004, 0.3, 0.3, 100)
+    metrics.readable([replace(RECORD, timestamp=now - timedelta(seconds=s)) for s in ages_s], now)
+    metrics.readable([RECORD], now)  # of a log without timestamps
+    found = scraped(metrics)
+    name = "llm4es_freshness_seconds"
+    assert [found[f'{name}_bucket{{le="{le}"}}'] for le in ("0.005", "0.25", "0.5", "+Inf")] == [
+        1, 1, 3, 4,
+    ]  # fmt: skip
+    assert metrics.freshness().tolist() == list(ages_s)
+
+
+def test_a_loop_that_hangs_shows_and_lag_is_told_by_partition() -> None:
+    metrics = Metrics()
+    assert metrics.polled_s_ago is None
+    assert "llm4es_polled_at_seconds" not in scraped(metrics)
+    metrics.polled({TopicPartition("shop", 3): 7})
+    found = scraped(metrics)
+    assert found['llm4es_lag{partition="3"}'] == 7
+    assert time.time() - found["llm4es_polled_at_seconds"] < 60
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_health_is_told_over_http(*, good: bool) -> None:
+    metrics = counted()
+    server = serve_health(0, metrics.registry, healthy=lambda: good, ready=lambda: not good)
+
+    def get(path: str) -> tuple[int, bytes]:
+        connection = HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    try:
+        assert b"llm4es_records_total 9.0" in get("/metrics")[1]
+        assert get("/healthz")[0] == (200 if good else 503)
+        assert get("/readyz")[0] == (503 if good else 200)
+        assert get("/")[0] == 404
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_port_that_is_taken_is_a_config_error() -> None:
-    with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - as Prometheus' server does
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - as ours does
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"metrics_port: port {port}.*; name a free one"):
-            Metrics().serve(port)
+            serve_health(port, Metrics().registry, healthy=bool, ready=bool)
 
 
 def test_two_workers_do_not_mix_even_where_feast_moved_prometheus_counters_into_files() -> None:

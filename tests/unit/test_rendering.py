@@ -113,6 +113,19 @@ def test_a_line_is_the_same_alone_and_among_its_chapters(kinds: list[tuple[bool,
     ]
     alone = [renderer.line(one, events[:index]) for index, one in enumerate(events)]
     assert renderer.lines(events) == alone
+    for index, (one, line) in enumerate(zip(events, alone, strict=True)):
+        assert renderer.text(one, events[:index]) == line.text
+        assert len(line.text.encode()) <= renderer.longest(one)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@given(amount=st.floats(allow_nan=False, allow_infinity=False), note=st.text(max_size=30))
+def test_no_line_is_longer_than_it_is_said_to_be(
+    form: FormatName, amount: float, note: str
+) -> None:
+    renderer = Renderer(schema(), RenderingSpec(format=form, ratios=("amount",)))
+    one = event(0, fields={"amount": amount, "goods": note, "note": note})
+    assert len(renderer.text(one, [event(-1)]).encode()) <= renderer.longest(one)
 
 
 @pytest.mark.parametrize(
