@@ -68,6 +68,7 @@ class Shop:
     topic: str = "shop"
     deletion_key: DeletionKey | None = None
     first: int = 0  # offset at which partition 0 begins
+    wrap: Callable[[Parts], Parts] = lambda parts: parts
 
     def work(
         self,
@@ -90,7 +91,7 @@ class Shop:
             dead_letters=self.interrupted("letters", letters),
             metrics=self.metrics,
         )
-        worker = Worker(parts, WorkerPolicy(**{"until_end": True, **policy}))
+        worker = Worker(self.wrap(parts), WorkerPolicy(**{"until_end": True, **policy}))
         try:
             worker.run(lambda: on_batch(worker))
         finally:
