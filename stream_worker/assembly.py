@@ -29,6 +29,7 @@ from stream_worker.ports import DeadLetters, Embedder, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
+from stream_worker.tracing import tracing
 from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
@@ -85,7 +86,8 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
 
     with (
         ExitStack() as stack,
-        assembled_around(settings, load_bundle(settings.bundle), open_model) as built,
+        tracing(settings.trace_endpoint) as traced,
+        assembled_around(settings, load_bundle(settings.bundle), open_model, wrap=traced) as built,
     ):
         yield built
 

@@ -76,6 +76,7 @@ class Shop:
     deletion_key: DeletionKey | None = None
     decode: Decode = decode_object
     first: int = 0  # offset at which partition 0 begins
+    wrap: Callable[[Parts], Parts] = lambda parts: parts
 
     def work(
         self,
@@ -99,7 +100,7 @@ class Shop:
             metrics=self.metrics,
             decode=self.decode,
         )
-        worker = Worker(parts, WorkerPolicy(**{"until_end": True, **policy}))
+        worker = Worker(self.wrap(parts), WorkerPolicy(**{"until_end": True, **policy}))
         try:
             worker.run(lambda: on_batch(worker))
         finally:
