@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 from pydantic import SecretStr
@@ -19,7 +20,7 @@ from pydantic import SecretStr
 from benchmarks.stream_parts import documents
 from llm4es.bundle import Bundle
 from llm4es.engine import OnnxEmbedder, open_embedder
-from llm4es.events import Event
+from llm4es.events import Event, FieldValue
 from llm4es.features import Embedded
 from llm4es.windows import Window, fold, settle, visible_chapters
 
@@ -107,22 +108,23 @@ def stream(
 def worker_seconds(bundle: Bundle, folder: Path, *, events: int, customers: int) -> WorkerPath:
     """Run the worker over a file of events, all its parts real, and charge every CPU second."""
     from stream_worker.assembly import assembled  # noqa: PLC0415 - Feast takes seconds
-    from stream_worker.settings import WorkerSettings  # noqa: PLC0415
+    from stream_worker.settings import load_settings  # noqa: PLC0415
 
     shutil.rmtree(folder, ignore_errors=True)
     repo = _applied(bundle, folder)
     log = folder / "events.jsonl"
     log.write_text("".join(json.dumps(one) + "\n" for one in documents(events, customers)))
-    settings = WorkerSettings(
-        bundle=bundle.folder,
-        feature_repo=repo,
-        source="file",
-        events=log,
-        window_store=SecretStr(f"sqlite:{folder / 'windows.db'}"),
-        state_dir=folder / "state",
-        threads=1,
-        until_end=True,
-    )
+    flags = {
+        "bundle": bundle.folder,
+        "feature_repo": repo,
+        "source": "file",
+        "events": log,
+        "window_store": SecretStr(f"sqlite:{folder / 'windows.db'}"),
+        "state_dir": folder / "state",
+        "threads": 1,
+        "until_end": True,
+    }
+    settings = load_settings(flags, None)
     with assembled(settings) as parts:
         started = time.process_time()
         parts.worker.run()
@@ -148,7 +150,10 @@ def _arriving(customers: int) -> Iterator[Event]:
             type="payment",
             event_id=str(document["event_id"]),
             fields=MappingProxyType(
-                {name: document[name] for name in ("amount", "category", "terminal_id")}  # type: ignore[dict-item]
+                {
+                    name: cast("FieldValue", document[name])
+                    for name in ("amount", "category", "terminal_id")
+                }
             ),
         )
 
