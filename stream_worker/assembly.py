@@ -36,6 +36,7 @@ __all__ = ["Assembled", "assembled", "assembled_around", "deletion_key_of", "ope
 
 log = logging.getLogger(__name__)
 
+_JOIN_WAIT_MS = 5_000  # a stop waits so long at most
 _SAMPLE = 50  # records per partition that are looked at before the topic is trusted
 
 
@@ -178,6 +179,7 @@ def _open_log(
         session_timeout_ms=settings.session_timeout_ms,
         max_poll_interval_ms=settings.max_poll_interval_ms,
         instance_id=settings.group_instance_id,
+        join_wait_ms=_JOIN_WAIT_MS,
     )
     source = KafkaRecordSource(kafka, topic, group)
     stack.callback(source.close)
