@@ -34,12 +34,13 @@ from export.corpus import (
 from export.enriched import EnrichedTexts, read_enriched
 from export.finetune import Trained, mean_nats, train
 from export.parity import measure_parity, random_chapters, refuse_disparity
-from export.pooling import export_full, header_sums, resolve_pooling
+from export.pooling import export_bundled, header_sums, resolve_pooling
 from export.projection import learn_projection
 from export.readers import Reader, open_reader
 from export.recipe import Recipe, in_utc
 from llm4es.bundle import (
     ARRAYS,
+    CACHED_GRAPH,
     MANIFEST,
     SCHEMA,
     TOKENIZER,
@@ -50,8 +51,8 @@ from llm4es.bundle import (
     seal_bundle,
 )
 from llm4es.bundle import Training as TrainingFacts
-from llm4es.engine.embedder import default_threads
-from llm4es.engine.session import FullGraph
+from llm4es.engine import default_threads
+from llm4es.engine.reading import ChapterGraph, read_whole
 from llm4es.errors import ConfigError
 from llm4es.events import Event
 from llm4es.features import SumsLayout
@@ -144,10 +145,13 @@ def build_bundle(request: Request, console: Console) -> Built:
         )
         pooling = resolve_pooling(recipe.pooling, reader.model)
         with console.status("exporting to ONNX, comparing with transformers"):
-            graph = export_full(folder, reader.model, pooling, surprise=recipe.surprise is not None)
+            surprise = recipe.surprise is not None
+            graphs = export_bundled(folder, reader.model, pooling, surprise=surprise)
             parity = measure_parity(
-                graph, reader.model, pooling, _parity_chapters(reader, corpus, recipe)
+                graphs, reader.model, pooling, _parity_chapters(reader, corpus, recipe)
             )
+            graph = graphs[CACHED_GRAPH]
+            del graphs  # the portable one's weights
             refuse_disparity(parity)
         with console.status("calibrating surprise on held-out entities"):
             loss = mean_nats(reader.model, reader.tokens.header_ids, corpus.held_out)
@@ -260,7 +264,7 @@ def _parity_chapters(reader: Reader, corpus: Corpus, recipe: Recipe) -> list[NDA
 
 
 def _calibrated(
-    reader: Reader, graph: FullGraph, corpus: Corpus, request: Request, material: _Material
+    reader: Reader, graph: ChapterGraph, corpus: Corpus, request: Request, material: _Material
 ) -> dict[str, NDArray[np.float64]]:
     """What surprise is usual, by the very graph that serves."""
     spec = request.recipe.surprise
@@ -269,12 +273,12 @@ def _calibrated(
     header = reader.tokens.header_ids
 
     def read_nats(chapter: TrainingChapter) -> NDArray[np.float32]:
-        ids = np.concatenate([header, chapter.tokens.ids])[None]
-        _, nats = graph.run(ids, np.zeros((1, 1, ids.shape[1]), dtype=np.float32))
+        ids = np.concatenate([header, chapter.tokens.ids])
+        _, nats = read_whole(graph, ids, np.zeros((1, len(ids)), dtype=np.float32))
         if nats is None:
             msg = "the graph was exported without surprise"
             raise ValueError(msg)
-        return nats[0, len(header) :]
+        return nats[len(header) :]
 
     tracks = SurpriseTracks(material.schema, material.renderer)
     return calibrate(corpus.held_out or corpus.train, tracks, spec, read_nats)

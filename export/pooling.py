@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from export.graphs import export_graph
+from export.graphs import export_graphs
 from export.parity import measure_parity, random_chapters, refuse_disparity
 from export.recipe import Pooled
 from llm4es.bundle import (
     ARRAYS,
-    FULL_GRAPH,
+    CACHED_GRAPH,
     SCHEMA,
     TOKENIZER,
     Bundle,
@@ -24,12 +24,13 @@ from llm4es.bundle import (
     load_bundle,
     seal_bundle,
 )
-from llm4es.engine.embedder import default_threads
-from llm4es.engine.session import FullGraph
+from llm4es.engine import default_threads
+from llm4es.engine.reading import ChapterGraph, read_whole
+from llm4es.engine.session import OnnxGraph, open_cpu_graphs
 from llm4es.errors import ConfigError
 from llm4es.features import HEADER_STATES, HEADER_TOKENS
 
-__all__ = ["export_full", "header_sums", "repool", "resolve_pooling"]
+__all__ = ["export_bundled", "header_sums", "repool", "resolve_pooling"]
 
 _MODEL = "model"
 
@@ -55,20 +56,19 @@ def resolve_pooling(pooled: Pooled, model: PreTrainedModel) -> Pooling:
     )
 
 
-def export_full(
+def export_bundled(
     folder: Path, model: PreTrainedModel, pooling: Pooling, *, surprise: bool
-) -> FullGraph:
-    """Write the graph that reads whole chapters into a bundle's folder, and open it."""
-    path = folder / FULL_GRAPH
-    export_graph(model, pooling, path.parent, surprise=surprise, name=path.name)
-    return FullGraph(path, device="cpu", threads=default_threads())
+) -> dict[str, OnnxGraph]:
+    """Write every graph into a bundle's folder, and open them on the CPU, by name."""
+    export_graphs(model, pooling, folder, surprise=surprise)
+    return open_cpu_graphs(folder, threads=default_threads())
 
 
-def header_sums(graph: FullGraph, header: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+def header_sums(graph: ChapterGraph, header: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
     """What the header's own states add to the plain mean."""
-    pooled, _ = graph.run(header[None], np.ones((1, 1, len(header)), dtype=np.float32))
+    pooled, _ = read_whole(graph, header, np.ones((1, len(header)), dtype=np.float32))
     return {
-        HEADER_STATES: pooled[0, 0].astype(np.float64),
+        HEADER_STATES: pooled[0].astype(np.float64),
         HEADER_TOKENS: np.array([len(header)], dtype=np.float64),
     }
 
@@ -89,21 +89,23 @@ def repool(source: Path, pooled: Pooled, out: Path) -> Bundle:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, out / name)
     shutil.copytree(source / _MODEL, out / _MODEL)
-    graph = export_full(out, model, pooling, surprise=manifest.surprise is not None)
+    graphs = export_bundled(out, model, pooling, surprise=manifest.surprise is not None)
     header = bundle.tokens.header_ids
     chapters = random_chapters(
         header,
         vocabulary=int(model.config.vocab_size),
         max_tokens=manifest.window.max_chapter_tokens,
     )
-    parity = measure_parity(graph, model, pooling, chapters)
+    parity = measure_parity(graphs, model, pooling, chapters)
     refuse_disparity(parity)
     arrays = {
         name: array
         for name, array in bundle.arrays.items()
         if not name.startswith(("projection.", "header."))
     }
-    save_file(arrays | (header_sums(graph, header) if pooling.pool_header else {}), out / ARRAYS)
+    if pooling.pool_header:
+        arrays |= header_sums(graphs[CACHED_GRAPH], header)
+    save_file(arrays, out / ARRAYS)
     sealed = seal_bundle(
         out,
         manifest.model_copy(

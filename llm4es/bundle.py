@@ -40,9 +40,11 @@ __all__ = [
     "seal_bundle",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-FULL_GRAPH = "graphs/full.onnx"
+CACHED_GRAPH = "graphs/cached.onnx"
+PORTABLE_GRAPH = "graphs/portable.onnx"
+WEIGHTS = "graphs/weights.bin"
 TOKENIZER = "tokenizer.json"
 SCHEMA = "schema.yaml"
 ARRAYS = "arrays.safetensors"
@@ -161,9 +163,14 @@ class Bundle:
         return self.tokens.renderer
 
     @property
-    def full_graph(self) -> Path:
-        """The graph that reads whole chapters."""
-        return self.folder / FULL_GRAPH
+    def cached_graph(self) -> Path:
+        """The graph that keeps keys and values in place, for onnxruntime."""
+        return self.folder / CACHED_GRAPH
+
+    @property
+    def portable_graph(self) -> Path:
+        """The graph in plain operators, for whatever runs no other."""
+        return self.folder / PORTABLE_GRAPH
 
 
 def scale_name(scale: float) -> str:

@@ -10,6 +10,7 @@
       + SinkRejected        row breaks the view        -> stop: our bug
       + Fenced              another worker owns this   -> drop cache and batch, rewind, rejoin
       + StoreLost           windows behind the offsets -> drop cache, seek back, rebuild
+      + Leak                a training row knows the future -> no training set, mend the labels
 
 Adapters translate a vendor's errors into these once, at the module that imports the vendor.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "Fenced",
     "InvalidEvent",
     "LLM4ESError",
+    "Leak",
     "NonFiniteEmbedding",
     "SinkRejected",
     "SinkUnavailable",
@@ -103,3 +105,7 @@ class Fenced(LLM4ESError):
 
 class StoreLost(LLM4ESError):
     """The window store holds less than the offsets say it did."""
+
+
+class Leak(LLM4ESError):
+    """A training row would teach a model what it cannot know: the set is refused."""

@@ -88,26 +88,33 @@ class SumsLayout:
             ]
         )
 
-    def event_weights(self, events: int) -> NDArray[np.float64]:
-        """Weights (S, events) of a run's events at its end: 0.5 ** (events after / half-life)."""
-        after = np.arange(events - 1, -1, -1)
-        weights: NDArray[np.float64] = np.exp2(-after[None, :] / self.scales[:, None])
-        return weights
+        self._decay = np.exp2(-1 / self.half_lives)
 
     def pack(
+        self, states: NDArray[np.float64], weights: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Build sums without surprise from pooled states (S, state_dim) and weights (S,)."""
+        return np.concatenate([states.ravel(), weights])
+
+    def add_event(
         self,
-        states: NDArray[np.float64],
-        weights: NDArray[np.float64],
+        sums: NDArray[np.float64],
+        pooled: NDArray[np.float32],
+        weight: float,
         surprise: EventSurprise | None,
     ) -> NDArray[np.float64]:
-        """Build the sums of E events from pooled states (S, state_dim), weights (S,), surprise."""
-        if surprise is None:
-            return np.concatenate([states.ravel(), weights])
-        by_event = self.event_weights(len(surprise.present))  # (S, E)
-        judged = np.stack([surprise.deviation, surprise.excess])  # (2, E, T)
-        sums = np.einsum("se,ket->tks", by_event, judged)  # (T, 2, S)
-        presence = np.einsum("se,et->ts", by_event, surprise.present)  # (T, S)
-        return np.concatenate([states.ravel(), weights, sums.ravel(), presence.ravel()])
+        """Go on from sums (size,) by one event.
+
+        `pooled` (state_dim,) is the sum of its tokens' states, `weight` how many they are, and
+        `surprise` its own (E = 1).
+        """
+        count = len(self.scales)
+        parts = [np.tile(pooled.astype(np.float64), count), np.full(count, weight)]
+        if surprise is not None:
+            judged = np.stack([surprise.deviation[0], surprise.excess[0]], axis=-1)  # (T, 2)
+            parts += [np.repeat(judged.ravel(), count), np.repeat(surprise.present[0], count)]
+        added: NDArray[np.float64] = sums * self._decay + np.concatenate(parts)
+        return added
 
     def total(
         self, window: Window, sums: Sequence[NDArray[np.float64]], visible: range

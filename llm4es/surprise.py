@@ -39,10 +39,21 @@ class EventSurprise:
     excess: NDArray[np.float64]
     present: NDArray[np.bool_]
 
-    def head(self, events: int) -> "EventSurprise":
-        """The same for the first events alone: a later event changes none before it."""
+    @staticmethod
+    def joined(parts: Sequence["EventSurprise"]) -> "EventSurprise":
+        """Surprise of events that follow one another."""
         return EventSurprise(
-            self.nats[:events], self.deviation[:events], self.excess[:events], self.present[:events]
+            np.concatenate([part.nats for part in parts]),
+            np.concatenate([part.deviation for part in parts]),
+            np.concatenate([part.excess for part in parts]),
+            np.concatenate([part.present for part in parts]),
+        )
+
+    def of_event(self, index: int) -> "EventSurprise":
+        """Give the same for one event alone."""
+        own = slice(index, index + 1)
+        return EventSurprise(
+            self.nats[own], self.deviation[own], self.excess[own], self.present[own]
         )
 
 
@@ -96,8 +107,13 @@ class SurpriseTracks:
         token_nats: NDArray[np.float32],
         spec: SurpriseSpec,
         arrays: Mapping[str, NDArray[np.float64]],
+        *,
+        earlier: int = 0,
     ) -> EventSurprise:
-        """Surprise of each event of a chapter, from the nats (T,) of its tokens."""
+        """Surprise of each event of a chapter, from the nats (T,) of its tokens.
+
+        `earlier` events of the chapter stand before those given.
+        """
         shape = (len(types), len(self.names))
         nats, deviation, excess = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         present = np.zeros(shape, dtype=np.bool_)
@@ -107,7 +123,8 @@ class SurpriseTracks:
         ):
             tracks = self._tracks_of[kind]
             nats[depth, tracks] = found
-            deviation[depth, tracks] = found - means[cells, min(depth, spec.depth_cap)]
+            usual = means[cells, min(earlier + depth, spec.depth_cap)]
+            deviation[depth, tracks] = found - usual
             excess[depth, tracks] = np.maximum(deviation[depth, tracks] - percentiles[cells], 0.0)
             present[depth, tracks] = True
         return EventSurprise(nats, deviation, excess, present)

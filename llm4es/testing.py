@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
 from llm4es.deletion import Tombstone
 from llm4es.errors import NonFiniteEmbedding, StoreLost
-from llm4es.events import NO_OFFSETS, Record, TopicPartition
+from llm4es.events import NO_OFFSETS, NO_SPANS, OffsetSpans, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow, SumsLayout, token_weights
 from llm4es.rendering import Renderer, RenderingSpec
 from llm4es.schema import EventSchema
@@ -114,7 +114,7 @@ class LengthEmbedder:
                 tokens = self.bundle.tokens.tokenize(chapter.events)
                 weights = token_weights(self.layout, tokens.events, [chapter.count])[0]
                 states = (weights @ tokens.ids.astype(np.float64))[:, None]
-                sums.append(self.layout.pack(states, weights.sum(axis=-1), None))
+                sums.append(self.layout.pack(states, weights.sum(axis=-1)))
                 if index < len(window.chapters) - 1:
                     done[index] = FinishedChapter(ids_hash=tokens.ids_hash, sums=sums[-1])
             vectors.append(self.layout.finish(self.layout.total(window, sums, visible))[0])
@@ -232,7 +232,7 @@ class MemorySink:
         self._losses = 0
         self.deleted: dict[str, datetime] = {}
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:  # noqa: ARG002
         """Append."""
         self.offline += filter(self._kept, rows)
 

@@ -42,6 +42,20 @@ class TokenizedChapter:
     events: NDArray[np.int64]  # (T,)
     owners: NDArray[np.int64]  # (T,)
 
+    def head(self, events: int) -> "TokenizedChapter":
+        """The chapter's first events alone."""
+        end = int(np.searchsorted(self.events, events))
+        return TokenizedChapter(self.ids[:end], self.events[:end], self.owners[:end])
+
+    def then(self, more: "TokenizedChapter") -> "TokenizedChapter":
+        """The chapter with more events behind it."""
+        events = int(self.events[-1]) + 1 if len(self.events) else 0
+        return TokenizedChapter(
+            np.concatenate([self.ids, more.ids]),
+            np.concatenate([self.events, more.events + events]),
+            np.concatenate([self.owners, more.owners]),
+        )
+
     @property
     def ids_hash(self) -> bytes:
         """What a memo of the chapter's sums is keyed by, beside the bundle's id."""
@@ -86,9 +100,19 @@ class ChapterTokenizer:
         """
         return _TOKENS_PER_BYTE * self._renderer.longest(event) <= limit
 
-    def tokenize(self, events: Sequence["Event"]) -> TokenizedChapter:
-        """Ids of a chapter's events, oldest first."""
-        lines = [self._line(line) for line in self._renderer.lines(events)]
+    def tokenize(
+        self, events: Sequence["Event"], *, earlier: Sequence["Event"] = ()
+    ) -> TokenizedChapter:
+        """Ids of a chapter's events, oldest first; `earlier` ones stand before them in it."""
+        if earlier:
+            chapter = (*earlier, *events)
+            written = [
+                self._renderer.line(event, chapter[: len(earlier) + index])
+                for index, event in enumerate(events)
+            ]
+        else:
+            written = self._renderer.lines(events)
+        lines = [self._line(line) for line in written]
         counts = [len(line.ids) for line in lines]
         return TokenizedChapter(
             ids=np.fromiter((id_ for line in lines for id_ in line.ids), np.int64, sum(counts)),

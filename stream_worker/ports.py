@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llm4es.deletion import Tombstone
 from llm4es.errors import InvalidEvent
-from llm4es.events import NO_OFFSETS, Record, TopicPartition
+from llm4es.events import NO_OFFSETS, NO_SPANS, OffsetSpans, Record, TopicPartition
 from llm4es.features import Embedded, FeatureRow
 from llm4es.windows import Window
 
@@ -224,8 +224,11 @@ class Embedder(Protocol):
 class FeatureSink(Protocol):
     """The offline log and the online store of one feature view."""
 
-    def journal(self, rows: Sequence[FeatureRow]) -> None:
-        """Return when the rows are durable in the offline log; several per entity may come."""
+    def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
+        """Return when the rows are durable in the offline log; several per entity may come.
+
+        `spans` are the offsets that they were made from: an exact replay writes them once.
+        """
         ...
 
     def publish(

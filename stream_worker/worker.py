@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 
 from llm4es.bundle import Bundle
 from llm4es.errors import Fenced, SinkUnavailable, SourceUnavailable, StoreLost
-from llm4es.events import Record, TopicPartition
+from llm4es.events import Record, TopicPartition, decode_object
 from stream_worker.embedding import BatchReader
 from stream_worker.folding import RecordFolder
+from stream_worker.formats.decoding import Decode
 from stream_worker.metrics import Metrics
 from stream_worker.patience import Patience
 from stream_worker.placing import Places
@@ -34,6 +35,7 @@ class Parts:
     sink: FeatureSink
     dead_letters: DeadLetters
     metrics: Metrics
+    decode: Decode = decode_object  # values of records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class Worker:
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
             deletes=policy.deletes,
+            decode=parts.decode,
         )
         self._reader = BatchReader(
             parts.bundle,
@@ -153,7 +156,7 @@ class Worker:
                 self._patience.with_(
                     lambda: self._sink.delete(tombstones)
                 )  # before what came after
-            self._patience.with_(lambda: self._sink.journal(batch.rows))
+            self._patience.with_(lambda: self._sink.journal(batch.rows, _spans(records)))
             self._patience.with_(  # 1. publish: offline first, then online
                 lambda: self._sink.publish(
                     batch.newest, reached=reached, held=self._places.published
@@ -226,3 +229,11 @@ class Worker:
 def _next_offsets(records: Sequence[Record]) -> dict[TopicPartition, int]:
     last = {(record.topic, record.partition): record.offset for record in records}
     return {TopicPartition(*name): offset + 1 for name, offset in last.items()}
+
+
+def _spans(records: Sequence[Record]) -> dict[TopicPartition, tuple[int, int]]:
+    """First and next offset of each partition: records of one come in the order of offset."""
+    first: dict[TopicPartition, int] = {}
+    for record in records:
+        first.setdefault(record.topic_partition, record.offset)
+    return {tp: (first[tp], upto) for tp, upto in _next_offsets(records).items()}

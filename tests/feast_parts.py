@@ -12,12 +12,13 @@ from textwrap import dedent
 import numpy as np
 import pandas as pd
 from feast import FeatureStore
+from feast.data_format import StreamFormat
 from numpy.typing import NDArray
 
 from llm4es.bundle import Manifest, Pooling, SurpriseSpec, Training
 from llm4es.feast import ViewSpec, define
 from llm4es.feast.definitions import read_view_spec
-from llm4es.feast.journal import rows_to_batch
+from llm4es.feast.parts import rows_to_batch
 from llm4es.features import FeatureRow
 from llm4es.rendering import RenderingSpec
 from llm4es.schema import load_schema
@@ -32,7 +33,7 @@ DIM = 8
 
 _SCHEMA = """
 name: payments
-entities: {customer: {field: customer}}
+entities: {customer: {field: customer}, terminal: {field: terminal}}
 event_id: id
 event_time: {field: at}
 types:
@@ -44,14 +45,19 @@ types:
 
 
 def make_spec(
-    folder: Path, *, bundle_id: str = BUNDLE_ID, dim: int = DIM, surprise: bool = True
+    folder: Path,
+    *,
+    bundle_id: str = BUNDLE_ID,
+    dim: int = DIM,
+    surprise: bool = True,
+    entity: str = "customer",
 ) -> ViewSpec:
     """Write a bundle's manifest and schema, nothing else, and describe it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "schema.yaml").write_text(_SCHEMA)
     manifest = Manifest(
         id=bundle_id,
-        entity="customer",
+        entity=entity,
         schema_sha256=load_schema(_SCHEMA).sha256,
         rendering=RenderingSpec(),
         rendering_sha256="e" * 64,
@@ -71,7 +77,14 @@ def make_spec(
     return read_view_spec(folder)
 
 
-def make_repo(folder: Path, *, redis_url: str | None = None, extra: str = "") -> Path:
+def make_repo(
+    folder: Path,
+    *,
+    redis_url: str | None = None,
+    extra: str = "",
+    registry: str = "data/registry.db",
+    offline: str = "llm4es.feast.offline_log.LogOfflineStore",
+) -> Path:
     """Write a feature repository: ours, with SQLite or with the Redis at host:port.
 
     `extra` are further settings of the online store, with a comma in front.
@@ -86,9 +99,9 @@ def make_repo(folder: Path, *, redis_url: str | None = None, extra: str = "") ->
         dedent(f"""\
         project: llm4es
         provider: local
-        registry: data/registry.db
+        registry: {registry}
         online_store: {online}
-        offline_store: {{type: llm4es.feast.offline_log.LogOfflineStore}}
+        offline_store: {{type: {offline}}}
         entity_key_serialization_version: 3
         """)
     )
@@ -96,7 +109,13 @@ def make_repo(folder: Path, *, redis_url: str | None = None, extra: str = "") ->
     return folder
 
 
-def apply(repo: Path, spec: ViewSpec) -> FeatureStore:
+def apply(
+    repo: Path,
+    spec: ViewSpec,
+    *,
+    ttl: timedelta | None = None,
+    message_format: StreamFormat | None = None,
+) -> FeatureStore:
     """Register a bundle's view from here: as `feast apply` does, without starting Python anew."""
     store = FeatureStore(repo_path=str(repo))
     definitions = define(
@@ -104,7 +123,8 @@ def apply(repo: Path, spec: ViewSpec) -> FeatureStore:
         topic="payments",
         bootstrap_servers="localhost:9092",
         offline_path="data/offline",
-        watermark_s=60,
+        ttl=ttl,
+        message_format=message_format,
     )
     with warnings.catch_warnings():  # Feast calls stream feature views experimental
         warnings.simplefilter("ignore", RuntimeWarning)

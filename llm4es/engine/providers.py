@@ -5,7 +5,7 @@ from typing import Literal
 
 from llm4es.errors import ConfigError
 
-__all__ = ["Device", "choose_providers", "refuse_two_runtimes"]
+__all__ = ["CPU", "Device", "choose_providers", "provider_options", "refuse_two_runtimes"]
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
@@ -38,6 +38,16 @@ def choose_providers(device: Device, available: Collection[str]) -> tuple[str, .
             "use device: cpu, or install the extra `gpu` instead of `cpu` on a machine with a GPU",
         )
     return tuple(provider for provider in wanted if provider in available)
+
+
+def provider_options(provider: str) -> dict[str, str]:
+    """Options of a provider: vectors are fp32, so no provider may round its sums to less."""
+    if provider == CUDA:
+        # TF32 keeps 10 bits of a product: a thousand times the manifest's tolerance.
+        return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    if provider == TENSORRT:
+        return {"trt_fp16_enable": "0"}
+    return {}
 
 
 def refuse_two_runtimes(installed: Collection[str]) -> None:

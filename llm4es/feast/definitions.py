@@ -7,20 +7,29 @@ topic and servers from the registry. All of it survives `feast apply` and needs 
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-from feast import Entity, FeatureService, Field, FileSource, KafkaSource, StreamFeatureView
-from feast.data_format import JsonFormat, ParquetFormat
+from feast import (
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    KafkaSource,
+    StreamFeatureView,
+)
+from feast.data_format import JsonFormat, ParquetFormat, StreamFormat
 from feast.types import Array, FeastType, Float32, Int64, String, UnixTimestamp
 from feast.value_type import ValueType
 from pydantic import ValidationError
 
 from llm4es.bundle import Bundle, Manifest
-from llm4es.errors import BundleMismatch
+from llm4es.errors import BundleMismatch, ConfigError
 from llm4es.features import SumsLayout, service_name, view_name
 from llm4es.rendering import Renderer, bucket_name
 from llm4es.schema import EventSchema, NumberField, QuantileBuckets, first_problem, load_schema
@@ -29,10 +38,15 @@ from llm4es.surprise import SurpriseTracks
 __all__ = [
     "FIELDS",
     "TIMESTAMP_FIELD",
+    "Definition",
     "Definitions",
     "ViewSpec",
     "define",
+    "define_all",
+    "format_of",
     "join_key_of",
+    "make_service",
+    "read_pairs",
     "read_view_spec",
     "view_spec",
     "view_tags",
@@ -48,6 +62,7 @@ FIELDS: dict[str, FeastType] = {
     "last_event_time": UnixTimestamp,  # online in whole seconds: Feast keeps no more
     "bundle_id": String,
 }
+Definition = Entity | KafkaSource | StreamFeatureView | FeatureService
 _REMEDY = "export the bundle again, or copy it whole"
 
 
@@ -62,7 +77,7 @@ class ViewSpec:
 
 @dataclass(frozen=True, slots=True)
 class Definitions:
-    """The objects to `feast apply`: a repository's file gives each a name of its own."""
+    """The objects to `feast apply` for one bundle."""
 
     entity: Entity
     source: KafkaSource
@@ -70,7 +85,7 @@ class Definitions:
     service: FeatureService
 
     @property
-    def objects(self) -> Sequence[Entity | KafkaSource | StreamFeatureView | FeatureService]:
+    def objects(self) -> Sequence[Definition]:
         """All of them, for `FeatureStore.apply`."""
         return [self.entity, self.source, self.view, self.service]
 
@@ -114,19 +129,23 @@ def define(
     topic: str,
     bootstrap_servers: str,
     offline_path: str,
-    watermark_s: float,
+    watermark_s: float | None = None,
     ttl: timedelta | None = None,
+    message_format: StreamFormat | None = None,
 ) -> Definitions:
     """Define entity, source, view and service of one bundle.
 
     `offline_path` is the folder under which the view's offline log stands, one folder per view;
     a relative one is relative to the feature repository, wherever a reader runs. `watermark_s`
-    is how late an event may come. `ttl` bounds point-in-time joins; without it rows are valid
-    for ever. Online, Feast enforces none.
+    is how late an event may come; by default what the bundle's windows allow, which is what
+    counts. `ttl` bounds point-in-time joins; without it rows are valid for ever. Online, Feast
+    enforces none; `EmbeddingReader` does. `message_format` is how values of the topic are written,
+    as the worker reads them: JSON by default, `AvroFormat(schema_json=...)`, or `ProtoFormat` with
+    the full name of a message as its class path.
 
     Applied by `FeatureStore.apply`, a bundle's view stands beside those of others, and the service
     moves to it. The command `feast apply` also takes away what its repository no longer defines,
-    the online rows of those views included: as long as two bundles serve, it must define both.
+    the online rows of those views included: a repository defines all that serve (`define_all`).
     """
     manifest = spec.manifest
     name = view_name(manifest.entity, manifest.id)
@@ -146,13 +165,16 @@ def define(
         description="Every row that was served, as of when it was known",
         tags={"join_key": join_key},
     )
+    lateness_s = manifest.window.allowed_lateness.total_seconds()
     source = KafkaSource(
         name=f"{name}_events",
         kafka_bootstrap_servers=bootstrap_servers,
         topic=topic,
         timestamp_field=TIMESTAMP_FIELD,
-        message_format=JsonFormat(schema_json=_format_of(spec.schema)),
-        watermark_delay_threshold=timedelta(seconds=watermark_s),
+        message_format=message_format or JsonFormat(schema_json=format_of(spec.schema)),
+        watermark_delay_threshold=timedelta(
+            seconds=lateness_s if watermark_s is None else watermark_s
+        ),
         batch_source=log,
         description=f"Events of {manifest.entity}s, keyed by {manifest.entity}",
         tags={"event_time_field": spec.schema.event_time.field},
@@ -175,13 +197,79 @@ def define(
             mode="python",
         )
     view.features.append(Field(name=join_key, dtype=String))
-    service = FeatureService(
-        name=service_name(manifest.entity),
+    return Definitions(entity, source, view, make_service(view))
+
+
+def define_all(
+    specs: Sequence[ViewSpec],
+    *,
+    topics: Mapping[str, str],
+    bootstrap_servers: str,
+    offline_path: str,
+    serving: Mapping[str, str] | None = None,
+    ttl: timedelta | None = None,
+) -> list[Definition]:
+    """Define all that a repository serves: several bundles, of one entity or of several.
+
+    `topics` names the topic of each entity. `serving` names the bundle that an entity's stable
+    service points to; by default the first of that entity in `specs`. Both are by entity.
+    Raises ConfigError where an entity has no topic, or a bundle is named twice or not at all.
+    """
+    serving = serving or {}
+    entities = {spec.manifest.entity for spec in specs}
+    by_id = {spec.manifest.id: spec for spec in specs}
+    for bundle_id, times in Counter(spec.manifest.id for spec in specs).items():
+        if times > 1:
+            raise ConfigError("bundles", f"bundle {bundle_id} is named {times} times", "name once")
+    for entity, bundle_id in serving.items():
+        spec = by_id.get(bundle_id)
+        if spec is None or spec.manifest.entity != entity:
+            raise ConfigError(
+                "serving",
+                f"{entity}={bundle_id} names no bundle of that entity",
+                f"name one of {_joined(sorted(by_id))}, or add its folder to the bundles",
+            )
+    if missing := entities - set(topics):
+        entity = min(missing)
+        raise ConfigError("topics", f"entity {entity} has none", f"name it: {entity}=TOPIC")
+    entity_of: dict[str, Entity] = {}
+    service_of: dict[str, FeatureService] = {}
+    found: list[Definition] = []
+    for spec in specs:
+        entity = spec.manifest.entity
+        made = define(
+            spec,
+            topic=topics[entity],
+            bootstrap_servers=bootstrap_servers,
+            offline_path=offline_path,
+            ttl=ttl,
+        )
+        entity_of.setdefault(entity, made.entity)
+        if serving.get(entity, spec.manifest.id) == spec.manifest.id:
+            service_of.setdefault(entity, made.service)
+        found += [made.source, made.view]
+    return [*entity_of.values(), *found, *service_of.values()]
+
+
+def make_service(view: FeatureView) -> FeatureService:
+    """Define the stable service of a view's entity, pointing at this view."""
+    return FeatureService(
+        name=service_name(view.tags["entity"]),
         features=[view],
-        tags={"bundle_id": manifest.id},
+        tags={"bundle_id": view.tags["bundle_id"]},
         description="The name readers use; ops move it from one bundle's view to the next",
     )
-    return Definitions(entity, source, view, service)
+
+
+def read_pairs(name: str, text: str) -> dict[str, str]:
+    """Read `entity=value,entity=value`. Raises ConfigError naming the setting."""
+    pairs = [pair.strip().partition("=") for pair in text.split(",") if pair.strip()]
+    for entity, sign, value in pairs:
+        if not (entity and sign and value):
+            raise ConfigError(
+                name, f"{entity}{sign}{value} is no ENTITY=VALUE", "write customer=..,terminal=.."
+            )
+    return {entity: value for entity, _, value in pairs}
 
 
 def view_tags(spec: ViewSpec) -> dict[str, str]:
@@ -219,7 +307,8 @@ def _surprise_columns(manifest: Manifest, schema: EventSchema) -> tuple[str, ...
     return SurpriseTracks(schema, renderer).columns(manifest.pooling.scales)
 
 
-def _format_of(schema: EventSchema) -> str:
+def format_of(schema: EventSchema) -> str:
+    """Names and kinds of an event's fields, as the source's format tells them."""
     fields = {
         name: field.kind for kind in schema.types.values() for name, field in kind.fields.items()
     }

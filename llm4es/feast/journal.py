@@ -1,21 +1,21 @@
-"""The offline log on disk: a journal that makes rows durable, rolled into Parquet parts.
+"""The offline log's journal: it makes rows durable, and is rolled into parts (parts.py).
 
-    <log>/part-<stem>.parquet            what readers see; appears by rename, never changes
-    <log>/.part-<stem>.parquet.*.tmp     a part being written; no reader's glob matches it
     <log>/_journal/<stem>.journal        rows that are durable and not yet in a part (.new: none)
     <log>/_deleted/                      whose rows may not be read, see `deletions`
 
 A batch is durable once its frame is in the journal and fsynced. Readers see rolled parts only.
-A part is named after its journal, so a crash between the rename and the journal's removal is
-put right by looking. A journal is locked (flock) as long as its writer lives; one that is not is
-rolled by whoever opens the log next, a torn last frame cut off. After a crash a row may stand in
-two parts, identically; readers take one per (entity, event_timestamp).
+Parts are named by what is in the journal alone, so a crash between them and the journal's removal
+is put right by rolling it again. A journal is locked (flock) as long as its writer lives; one that
+is not is rolled by whoever opens the log next, a torn last frame cut off. After a crash a row may
+stand in two parts, identically.
 
-Frames are `length u32, CRC-32 u32, payload` in little endian; the first payload is the Arrow
-schema, each further one a record batch.
+Frames are `length u32, CRC-32 u32, payload` in little endian. The first payload is the Arrow
+schema; then, for each batch, the offsets that it was made from (JSON, left out where none are
+known) and the record batch.
 """
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -29,24 +29,24 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 
 from llm4es.deletion import Tombstone
 from llm4es.errors import SinkUnavailable
+from llm4es.events import NO_SPANS, OffsetSpans, TopicPartition
 from llm4es.feast.deletions import Deletions
+from llm4es.feast.parts import (
+    TIMESTAMP,
+    ensure_log,
+    log_schema,
+    part_stem,
+    rows_to_batch,
+    sync_folder,
+    write_parts,
+)
 from llm4es.features import FeatureRow
 
-__all__ = [
-    "OfflineJournal",
-    "ensure_log",
-    "list_parts",
-    "log_schema",
-    "recover_journals",
-    "rows_to_batch",
-    "write_part",
-]
+__all__ = ["OfflineJournal", "recover_journals"]
 
 log = logging.getLogger(__name__)
 
@@ -56,79 +56,7 @@ _SUFFIX = ".journal"
 _UNNAMED = ".new"  # of a journal that is not locked yet
 _WAITING_SEGMENTS = 4  # sealed and not yet rolled, before writers are told to wait
 _RETRY_S = 1.0
-_VECTORS = ("embedding", "surprise")
-_LABELS = ("last_event_id", "bundle_id")
-
-
-def log_schema(join_key: str) -> pa.Schema:
-    """Columns of the offline log of an entity's view."""
-    moment = pa.timestamp("us", tz="UTC")
-    return pa.schema(
-        [
-            (join_key, pa.string()),
-            ("event_timestamp", moment),
-            ("embedding", pa.list_(pa.float32())),
-            ("surprise", pa.list_(pa.float32())),
-            ("surprise_last", pa.float32()),
-            ("event_count", pa.int64()),
-            ("last_event_id", pa.string()),
-            ("last_event_time", moment),
-            ("bundle_id", pa.string()),
-        ]
-    )
-
-
-def rows_to_batch(rows: Sequence[FeatureRow], join_key: str) -> pa.RecordBatch:
-    """N rows as one record batch of `log_schema`; their vectors are copied once."""
-    columns = [
-        pa.array([row.entity_id for row in rows], pa.string()),
-        _moments([row.as_of for row in rows]),
-        _vectors([row.embedding for row in rows]),
-        _vectors([row.surprise for row in rows]),
-        pa.array([row.surprise_last for row in rows], pa.float32()),
-        pa.array([row.event_count for row in rows], pa.int64()),
-        pa.array([row.last_event_id for row in rows], pa.string()),
-        _moments([row.last_event_time for row in rows]),
-        pa.array([row.bundle_id for row in rows], pa.string()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=log_schema(join_key))
-
-
-def list_parts(folder: Path) -> list[Path]:
-    """Parts of a log, oldest name first; none where the folder is not there."""
-    return sorted(
-        path
-        for path in folder.rglob("*.parquet")
-        if not any(name.startswith((".", "_")) for name in path.relative_to(folder).parts)
-    )
-
-
-def ensure_log(folder: Path, schema: pa.Schema) -> None:
-    """Make the folder, and a part without rows: Feast reads a source's columns from its files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not list_parts(folder):
-        write_part(folder, "part-0-schema", schema.empty_table())
-
-
-def write_part(folder: Path, stem: str, table: pa.Table) -> Path:
-    """Write rows as one part: whole and durable when it appears. The same stem replaces it."""
-    part = folder / f"{stem}.parquet"
-    # Of this writer alone: two that start at once both write the part without rows.
-    temporary = folder / f".{part.name}.{uuid.uuid4().hex[:8]}.tmp"
-    names = set(table.schema.names)
-    with temporary.open("wb") as file:
-        parquet.write_table(
-            table,
-            file,
-            compression="zstd",
-            use_dictionary=[name for name in _LABELS if name in names],
-            use_byte_stream_split=[f"{name}.list.element" for name in _VECTORS if name in names],
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(part)
-    _sync_folder(folder)
-    return part
+_JSON = b"{"  # Arrow's messages begin with 0xFFFFFFFF
 
 
 def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
@@ -143,13 +71,12 @@ def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
         with suppress(FileNotFoundError), path.open("rb") as file:
             if not _lock(file.fileno()) or os.fstat(file.fileno()).st_nlink == 0:
                 continue
-            if not _part_of(folder, path).exists():
-                table = _read_frames(file.read())
-                if table is not None and len(table):
-                    with known.held_still():
-                        rows = known.without(table)
-                        write_part(folder, _part_of(folder, path).stem, rows)
-                    found += len(rows)
+            table, spans = _read_frames(file.read())
+            if table is not None and len(table):
+                with known.held_still():
+                    rows = known.without(table)
+                    _write(folder, path, rows, spans)
+                found += len(rows)
             path.unlink()
     for path in (folder / _JOURNALS).glob(f"*{_UNNAMED}"):  # of writers killed at birth: no rows
         with suppress(FileNotFoundError), path.open("rb") as file:
@@ -168,6 +95,7 @@ class _Segment:
         stem = f"{now}-{re.sub('[^A-Za-z0-9.]+', '_', writer_id)}-{uuid.uuid4().hex[:8]}"
         self.path = folder / _JOURNALS / f"{stem}{_SUFFIX}"
         self.batches: list[pa.RecordBatch] = []
+        self.spans: dict[TopicPartition, tuple[int, int]] = {}
         self.rows = 0
         self.born = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,23 +105,26 @@ class _Segment:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)  # a recovery may look at it this very moment
             self._length = 0
-            self._append(schema.serialize())
+            self._append(_frame(schema.serialize().to_pybytes()))
             unnamed.rename(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError:
             os.close(self._file)
             with suppress(OSError):
                 unnamed.unlink()
             raise
 
-    def append(self, batch: pa.RecordBatch) -> None:
+    def append(self, batch: pa.RecordBatch, spans: OffsetSpans) -> None:
         """Return when the batch is on disk. After an OSError the file holds what it held."""
-        self._append(batch.serialize())
+        told = [[*tp, *span] for tp, span in spans.items()]
+        origin = _frame(json.dumps({"spans": told}).encode()) if told else b""
+        self._append(origin + _frame(batch.serialize().to_pybytes()))
         self.batches.append(batch)
         self.rows += len(batch)
+        _widen(self.spans, spans)
 
-    def _append(self, payload: pa.Buffer) -> None:
-        frame = memoryview(_HEADER.pack(len(payload), zlib.crc32(payload)) + payload.to_pybytes())
+    def _append(self, frames: bytes) -> None:
+        frame = memoryview(frames)
         written = 0
         try:
             while written < len(frame):
@@ -207,11 +138,11 @@ class _Segment:
         self._length += written
 
     def roll(self, folder: Path, deletions: Deletions) -> None:
-        """Write the part, then remove the journal, then let go of its lock."""
+        """Write the parts, then remove the journal, then let go of its lock."""
         if self.batches:
             with deletions.held_still():
                 rows = deletions.without(pa.Table.from_batches(self.batches))
-                write_part(folder, _part_of(folder, self.path).stem, rows)
+                _write(folder, self.path, rows, self.spans)
         self.path.unlink(missing_ok=True)
         os.close(self._file)
 
@@ -254,8 +185,11 @@ class OfflineJournal:
         self._thread = threading.Thread(target=self._roll_in_time, name="roll", daemon=True)
         self._thread.start()
 
-    def append(self, rows: Sequence[FeatureRow]) -> None:
-        """Return when the rows are durable, all of them or (with SinkUnavailable) none."""
+    def append(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
+        """Return when the rows are durable, all of them or (with SinkUnavailable) none.
+
+        `spans` are the offsets that they were made from; parts are named after them.
+        """
         if not rows:
             return
         batch = rows_to_batch(rows, self._join_key)
@@ -267,7 +201,7 @@ class OfflineJournal:
                 if self._open is None:
                     self._open = _Segment(self._folder, self._writer_id, self._schema)
                     self._changed.notify()
-                self._open.append(batch)
+                self._open.append(batch, spans)
             except OSError as error:
                 self._seal()  # what became of an fsync that failed is not known: begin anew
                 raise _unavailable(self._folder, error) from error
@@ -340,7 +274,11 @@ class OfflineJournal:
             return not self._closed
 
 
-def _read_frames(content: bytes) -> pa.Table | None:
+def _frame(payload: bytes) -> bytes:
+    return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _read_frames(content: bytes) -> tuple[pa.Table | None, OffsetSpans]:
     """Rows of a journal up to its first torn frame; None where not even its schema is whole."""
     payloads = []
     at = 0
@@ -349,17 +287,38 @@ def _read_frames(content: bytes) -> pa.Table | None:
         payload = content[at + _HEADER.size : at + _HEADER.size + length]
         if len(payload) < length or zlib.crc32(payload) != checksum:
             break
-        payloads.append(pa.py_buffer(payload))
+        payloads.append(payload)
         at += _HEADER.size + length
+    spans: dict[TopicPartition, tuple[int, int]] = {}
     if not payloads:
-        return None
-    schema = pa.ipc.read_schema(payloads[0])
-    batches = [pa.ipc.read_record_batch(payload, schema) for payload in payloads[1:]]
-    return pa.Table.from_batches(batches, schema)
+        return None, spans
+    schema = pa.ipc.read_schema(pa.py_buffer(payloads[0]))
+    batches = []
+    told: OffsetSpans = {}
+    for payload in payloads[1:]:
+        if payload.startswith(_JSON):
+            told = {
+                TopicPartition(topic, partition): (first, upto)
+                for topic, partition, first, upto in json.loads(payload)["spans"]
+            }
+        else:
+            batches.append(pa.ipc.read_record_batch(pa.py_buffer(payload), schema))
+            _widen(spans, told)
+            told = {}
+    return pa.Table.from_batches(batches, schema), spans
 
 
-def _part_of(folder: Path, journal: Path) -> Path:
-    return folder / f"part-{journal.stem}.parquet"
+def _widen(spans: dict[TopicPartition, tuple[int, int]], more: OffsetSpans) -> None:
+    for tp, (first, upto) in more.items():
+        before = spans.get(tp, (first, upto))
+        spans[tp] = min(first, before[0]), max(upto, before[1])
+
+
+def _write(folder: Path, journal: Path, table: pa.Table, spans: OffsetSpans) -> None:
+    """Write a journal's rows; the same rows and offsets, in whatever order, give the same parts."""
+    keys = [table.schema.names[0], TIMESTAMP]
+    ordered = table.sort_by([(name, "ascending") for name in keys])
+    write_parts(folder, part_stem(ordered, keys, spans, f"part-{journal.stem}"), ordered)
 
 
 def _lock(descriptor: int) -> bool:
@@ -368,24 +327,6 @@ def _lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _vectors(vectors: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]) -> pa.ListArray:
-    offsets = np.cumsum([0, *(len(vector) for vector in vectors)], dtype=np.int32)
-    values = np.concatenate(vectors).astype(np.float32, copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-def _moments(moments: Sequence[datetime]) -> pa.Array:
-    return pa.array(moments, pa.timestamp("us", tz="UTC"))
 
 
 def _unavailable(folder: Path, error: OSError) -> SinkUnavailable:

@@ -19,38 +19,57 @@ import ibis
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from feast.data_format import ParquetFormat
 from feast.data_source import DataSource
 from feast.feature_view import FeatureView
 from feast.field import Field
 from feast.infra.offline_stores.duckdb import (
     DuckDBOfflineStore,
     DuckDBOfflineStoreConfig,
-    _read_data_source,
     _write_data_source,
 )
 from feast.infra.offline_stores.file_source import FileSource
-from feast.infra.offline_stores.ibis import (
-    IbisRetrievalJob,
-    get_historical_features_ibis,
-    pull_all_from_table_or_query_ibis,
-    pull_latest_from_table_or_query_ibis,
-)
-from feast.infra.offline_stores.offline_store import RetrievalJob
+from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
 from feast.infra.registry.base_registry import BaseRegistry
+from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import RepoConfig
+from feast.saved_dataset import SavedDatasetStorage
 from feast.type_map import feast_value_type_to_pa
-from ibis.expr.types import Table
 from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import StrictStr, field_validator
 
+from llm4es.errors import ConfigError
 from llm4es.feast.deletions import Rewritten, pending_deletions, rewriting, settle_deletions
-from llm4es.feast.journal import ensure_log, list_parts, log_schema, write_part
+from llm4es.feast.parts import (
+    SCHEMA_PART,
+    ensure_log,
+    list_parts,
+    log_schema,
+    write_part,
+    write_parts,
+)
+from llm4es.feast.point_in_time import (
+    MATCHED,
+    PartsTable,
+    ask,
+    choose,
+    connect,
+    join,
+    quoted,
+    retrying,
+)
 
-__all__ = ["LogOfflineStore", "LogOfflineStoreConfig", "log_folder", "rewrite_deleted"]
-
-_ORDER = "__row"  # of the entity rows, while they are joined
+__all__ = [
+    "LogOfflineStore",
+    "LogOfflineStoreConfig",
+    "LogRetrievalJob",
+    "log_folder",
+    "parts_folder",
+    "parts_table",
+    "rewrite_deleted",
+]
 
 
 class LogOfflineStoreConfig(DuckDBOfflineStoreConfig):
@@ -69,6 +88,60 @@ class LogOfflineStoreConfig(DuckDBOfflineStoreConfig):
         return tuple(names)
 
 
+class LogRetrievalJob(RetrievalJob):
+    """A query that is answered when it is asked for, each time from the parts that stand then."""
+
+    def __init__(
+        self,
+        query: Callable[[], pa.Table],
+        *,
+        repo_path: Path | None,
+        metadata: RetrievalMetadata | None = None,
+        full_feature_names: bool = False,
+        on_demand: Sequence[OnDemandFeatureView] = (),
+    ) -> None:
+        super().__init__()
+        self._query = query
+        self._repo_path = repo_path
+        self._metadata = metadata
+        self._full_feature_names = full_feature_names
+        self._on_demand = list(on_demand)
+
+    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:  # noqa: ARG002 - Feast's
+        return retrying(self._query)
+
+    def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
+        frame: pd.DataFrame = self._to_arrow_internal(timeout).to_pandas()
+        return frame
+
+    @property
+    def full_feature_names(self) -> bool:
+        """Whether columns have the view's name in front."""
+        return self._full_feature_names
+
+    @property
+    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
+        """Views that Feast computes from the answer."""
+        return self._on_demand
+
+    @property
+    def metadata(self) -> RetrievalMetadata | None:
+        """What was asked for."""
+        return self._metadata
+
+    def persist(
+        self,
+        storage: SavedDatasetStorage,
+        allow_overwrite: bool = False,  # noqa: FBT001, FBT002 - Feast's signature
+        timeout: int | None = None,
+    ) -> None:
+        """Write the answer where a saved data set stands."""
+        table = ibis.memtable(self.to_arrow(timeout=timeout))
+        _write_data_source(
+            table, storage.to_data_source(), str(self._repo_path), "overwrite", allow_overwrite
+        )
+
+
 class LogOfflineStore(DuckDBOfflineStore):
     """See the module's docstring. Reads see rolled parts, not what is still journalled."""
 
@@ -85,32 +158,64 @@ class LogOfflineStore(DuckDBOfflineStore):
     ) -> RetrievalJob:
         """Join as of each entity row; every row comes back, in order, null where nothing is known.
 
-        Entity timestamps finer than a microsecond are accepted and rounded down, which changes
-        no answer: the log has none that are finer.
+        Entity timestamps may be as fine as nanoseconds; they come back in UTC as they were. The
+        caller's frame is left as it is. Raises ConfigError for a column that cannot be joined.
         """
         if not isinstance(entity_df, pd.DataFrame):
             msg = "pass entity_df as a data frame: SQL, and none at all, need a warehouse"
             raise NotImplementedError(msg)
-        schemas = {
-            view.batch_source.name: _schema_of(view, view.batch_source)
-            for view in feature_views
-            if view.batch_source is not None
-        }
-        job = get_historical_features_ibis(
-            config=config,
-            feature_views=feature_views,
-            feature_refs=feature_refs,
-            entity_df=_ordered(entity_df),
-            registry=registry,
-            project=project,
-            full_feature_names=full_feature_names,
-            data_source_reader=partial(_read, schemas=schemas),
-            data_source_writer=_write_data_source,
-            staging_location=config.offline_store.staging_location,
-            staging_location_endpoint_override=config.offline_store.staging_location_endpoint_override,
-            filter_by_created_timestamp=filter_by_created_timestamp,
+        if any(parts_folder(config, view.batch_source) is None for view in feature_views):
+            return DuckDBOfflineStore.get_historical_features(
+                config, feature_views, feature_refs, entity_df, registry, project,
+                full_feature_names, filter_by_created_timestamp,
+            )  # fmt: skip
+        timestamp = infer_event_timestamp_from_entity_df(
+            dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
         )
-        return _in_order(job)
+        tables = [
+            parts_table(
+                config,
+                view,
+                [ref.split(":")[1] for ref in feature_refs if ref.startswith(f"{_name(view)}:")],
+                prefix=f"{view.projection.name_alias or view.name}__" if full_feature_names else "",
+                by_created=filter_by_created_timestamp,
+            )
+            for view in feature_views
+        ]
+        keys = [key for table in tables for key in table.keys.values()]
+        asked = ask(entity_df, timestamp, keys)
+        features = [name for table in tables for name in table.features.values()]
+        if clash := set(features) & set(asked.frame.column_names):
+            msg = (
+                f"entity_df has a column {min(clash)}, and so has a view: rename it, or ask with "
+                "full_feature_names=True"
+            )
+            raise ValueError(msg)
+
+        def query() -> pa.Table:
+            found = asked.frame
+            with connect() as connection:
+                for table in tables:
+                    for name, column in zip(
+                        table.features.values(),
+                        join(connection, asked, table).drop_columns([MATCHED]).columns,
+                        strict=True,
+                    ):
+                        found = found.append_column(name, column)
+            return found
+
+        return LogRetrievalJob(
+            query,
+            repo_path=config.repo_path,
+            metadata=RetrievalMetadata(
+                features=feature_refs,
+                keys=[name for name in entity_df.columns if name != timestamp],
+                min_event_timestamp=asked.first and asked.first.to_pydatetime(warn=False),
+                max_event_timestamp=asked.last and asked.last.to_pydatetime(warn=False),
+            ),
+            full_feature_names=full_feature_names,
+            on_demand=OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
+        )
 
     @staticmethod
     def pull_latest_from_table_or_query(  # noqa: PLR0917 - Feast's signature
@@ -124,19 +229,20 @@ class LogOfflineStore(DuckDBOfflineStore):
         end_date: datetime,
     ) -> RetrievalJob:
         """Newest row per entity within the dates: what `materialize` asks for."""
-        return pull_latest_from_table_or_query_ibis(
-            config=config,
-            data_source=data_source,
-            join_key_columns=join_key_columns,
-            feature_name_columns=feature_name_columns,
-            timestamp_field=timestamp_field,
-            created_timestamp_column=created_timestamp_column,
-            start_date=start_date,
-            end_date=end_date,
-            data_source_reader=partial(_read, schemas={}),
-            data_source_writer=_write_data_source,
-            staging_location=config.offline_store.staging_location,
-            staging_location_endpoint_override=config.offline_store.staging_location_endpoint_override,
+        if parts_folder(config, data_source) is None:
+            return DuckDBOfflineStore.pull_latest_from_table_or_query(
+                config, data_source, join_key_columns, feature_name_columns, timestamp_field,
+                created_timestamp_column, start_date, end_date,
+            )  # fmt: skip
+        newest = filter(None, (timestamp_field, created_timestamp_column))
+        return _pull(
+            config,
+            data_source,
+            [*join_key_columns, *feature_name_columns],
+            (timestamp_field, created_timestamp_column),
+            one_per=join_key_columns,
+            order=[f"{quoted(name)} DESC" for name in newest],
+            dates=(start_date, end_date),
         )
 
     @staticmethod
@@ -151,20 +257,20 @@ class LogOfflineStore(DuckDBOfflineStore):
         end_date: datetime | None = None,
     ) -> RetrievalJob:
         """Every row within the dates, each (entity, timestamp) once."""
-        identity = (*join_key_columns, timestamp_field, created_timestamp_column)
-        return pull_all_from_table_or_query_ibis(
-            config=config,
-            data_source=data_source,
-            join_key_columns=join_key_columns,
-            feature_name_columns=feature_name_columns,
-            timestamp_field=timestamp_field,
-            created_timestamp_column=created_timestamp_column,
-            start_date=start_date,
-            end_date=end_date,
-            data_source_reader=partial(_read, schemas={}, once=tuple(filter(None, identity))),
-            data_source_writer=_write_data_source,
-            staging_location=config.offline_store.staging_location,
-            staging_location_endpoint_override=config.offline_store.staging_location_endpoint_override,
+        if parts_folder(config, data_source) is None:
+            return DuckDBOfflineStore.pull_all_from_table_or_query(
+                config, data_source, join_key_columns, feature_name_columns, timestamp_field,
+                created_timestamp_column, start_date, end_date,
+            )  # fmt: skip
+        identity = filter(None, (*join_key_columns, timestamp_field, created_timestamp_column))
+        return _pull(
+            config,
+            data_source,
+            [*join_key_columns, *feature_name_columns],
+            (timestamp_field, created_timestamp_column),
+            one_per=list(identity),
+            order=[],
+            dates=(start_date, end_date),
         )
 
     @staticmethod
@@ -189,7 +295,8 @@ class LogOfflineStore(DuckDBOfflineStore):
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         # Timestamps come from pandas in nanoseconds; the log has microseconds.
         rows = table.select(schema.names).cast(schema, safe=False)
-        write_part(folder, f"part-{now}-push-{uuid4().hex[:8]}", rows)
+        stem = f"part-{now}-push-{uuid4().hex[:8]}"
+        write_parts(folder, stem, rows, timestamp=source.timestamp_field)
         if progress:
             progress(len(rows))
 
@@ -201,6 +308,11 @@ class LogOfflineStore(DuckDBOfflineStore):
         join_key = data_source.tags.get("join_key")
         if folder is not None and join_key is not None:
             ensure_log(folder, log_schema(join_key))
+        # Feast itself would call the days' folders a column.
+        parts = list_parts(folder) if folder is not None else []
+        if parts:
+            schema = parquet.read_schema(parts[0])
+            return zip(schema.names, map(str, schema.types), strict=True)
         columns: Iterable[tuple[str, str]] = data_source.get_table_column_names_and_types(config)
         return columns
 
@@ -215,49 +327,92 @@ def log_folder(config: RepoConfig, source: DataSource | None) -> Path | None:
     return Path(path).absolute()
 
 
-def _read(
-    source: DataSource,
-    repo_path: str,
+def parts_folder(config: RepoConfig, source: DataSource | None) -> Path | None:
+    """Folder, or single file, of a Parquet source on this machine; None for any other source."""
+    folder = log_folder(config, source)
+    if folder is not None or not isinstance(source, FileSource):
+        return folder
+    if source.file_format is not None and not isinstance(source.file_format, ParquetFormat):
+        return None
+    path = FileSource.get_uri_for_file_path(config.repo_path, source.path)
+    return None if "://" in path else Path(path).absolute()
+
+
+def parts_table(
+    config: RepoConfig,
+    view: FeatureView,
+    features: Sequence[str],
     *,
-    schemas: dict[str, pa.Schema],
-    once: Sequence[str] = (),
-) -> Table:
-    """Read a source as Feast's ibis functions ask for it: a table not yet executed."""
-    if not isinstance(source, FileSource):
-        return _read_data_source(source, repo_path)
-    path = FileSource.get_uri_for_file_path(repo_path, source.path)
-    if "://" in path:
-        return _read_data_source(source, repo_path)
-    if Path(path).is_file():
-        return ibis.read_parquet(path)
-    parts = list_parts(Path(path))
-    if not parts:
-        join_key = source.tags.get("join_key", "entity_id")
-        return ibis.memtable(schemas.get(source.name, log_schema(join_key)).empty_table())
-    table = _without_deleted(ibis.read_parquet([str(part) for part in parts]), source, Path(path))
-    return table.distinct(on=list(once), keep="first") if once else table
-
-
-def _without_deleted(table: Table, source: FileSource, folder: Path) -> Table:
-    pending = pending_deletions(folder)
-    join_key = source.tags.get("join_key")
-    if not pending or join_key is None:
-        return table
-    deleted = ibis.memtable(
-        pa.table(
-            {
-                "__deleted": pa.array(pending, pa.string()),
-                "__deleted_as_of": pa.array(pending.values(), pa.timestamp("us", tz="UTC")),
-            }
+    prefix: str = "",
+    by_created: bool = False,
+) -> PartsTable:
+    """Describe a view's parts for a join; `prefix` goes in front of the answer's columns."""
+    source = view.batch_source
+    place = parts_folder(config, source)
+    if source is None or place is None:
+        raise ConfigError(
+            f"feature view {view.name}", "has no folder here as its batch source", "name one"
         )
+    column_of = {new: old for old, new in source.field_mapping.items()}
+    keys = view.projection.join_key_map or {each.name: each.name for each in view.entity_columns}
+    return PartsTable(
+        view=view.name,
+        list_files=partial(_files, place),
+        schema=_schema_of(view, source),
+        keys={column_of.get(ours, ours): theirs for ours, theirs in keys.items()},
+        timestamp=column_of.get(source.timestamp_field, source.timestamp_field),
+        created=source.created_timestamp_column or None,
+        features={column_of.get(name, name): f"{prefix}{name}" for name in features},
+        ttl=view.ttl,
+        by_created=by_created,
+        deleted=partial(pending_deletions, place),
     )
-    return table.anti_join(
-        deleted,
-        [
-            table[join_key] == deleted["__deleted"],
-            table[source.timestamp_field] <= deleted["__deleted_as_of"],
-        ],
-    )
+
+
+def _name(view: FeatureView) -> str:
+    return str(view.projection.name_to_use())  # type: ignore[no-untyped-call]
+
+
+def _files(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    # The part without rows says what columns there are; it need not be read with the others.
+    parts = list_parts(place)
+    return parts if len(parts) == 1 else [part for part in parts if part.stem != SCHEMA_PART]
+
+
+def _pull(
+    config: RepoConfig,
+    source: DataSource,
+    columns: Sequence[str],
+    times: tuple[str, str | None],
+    *,
+    one_per: Sequence[str],
+    order: Sequence[str],
+    dates: tuple[datetime | None, datetime | None],
+) -> RetrievalJob:
+    place = parts_folder(config, source)
+    join_key = source.tags.get("join_key")
+    wanted = [*columns, *filter(None, times)]
+
+    def query() -> pa.Table:
+        files = _files(place) if place is not None else []
+        if not files and join_key is not None:
+            return log_schema(join_key).empty_table().select(wanted)
+        with connect() as connection:
+            return choose(
+                connection,
+                files,
+                wanted,
+                one_per=one_per,
+                order=order,
+                timestamp=times[0],
+                since=dates[0],
+                until=dates[1],
+                deleted=(one_per[0], pending_deletions(place)) if place is not None else None,
+            )
+
+    return LogRetrievalJob(query, repo_path=config.repo_path)
 
 
 def rewrite_deleted(folder: Path, *, join_key: str, timestamp_field: str) -> Rewritten:
@@ -312,23 +467,3 @@ def _schema_of(view: FeatureView, source: DataSource) -> pa.Schema:
 
 def _columns(fields: Sequence[Field]) -> list[tuple[str, pa.DataType]]:
     return [(field.name, feast_value_type_to_pa(field.dtype.to_value_type())) for field in fields]
-
-
-def _ordered(entity_df: pd.DataFrame) -> pd.DataFrame:
-    """Copy the caller's frame, its timestamps in UTC microseconds, its rows numbered."""
-    column = infer_event_timestamp_from_entity_df(
-        dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
-    )
-    frame = entity_df.reset_index(drop=True)
-    moments = pd.to_datetime(frame[column], utc=True)
-    frame[column] = moments.dt.floor("us").dt.as_unit("us")
-    frame[_ORDER] = range(len(frame))
-    return frame
-
-
-def _in_order(job: RetrievalJob) -> RetrievalJob:
-    if isinstance(job, IbisRetrievalJob):
-        job.table = job.table.order_by(_ORDER).drop(_ORDER)
-        if job.metadata is not None:
-            job.metadata.keys.remove(_ORDER)
-    return job

@@ -4,7 +4,8 @@ import logging
 import warnings
 from pathlib import Path
 
-from feast import FeatureStore, FeatureView
+from feast import FeatureStore, FeatureView, KafkaSource
+from feast.data_format import JsonFormat
 from feast.errors import FeastError, FeastObjectNotFoundException, FeatureViewNotFoundException
 from feast.repo_config import FeastConfigError
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from llm4es.feast.definitions import (
     FIELDS,
     TIMESTAMP_FIELD,
     ViewSpec,
+    format_of,
     join_key_of,
     view_spec,
     view_tags,
@@ -23,7 +25,7 @@ from llm4es.feast.definitions import (
 from llm4es.feast.online import OnlineRows, PortableRows, ViewTarget
 from llm4es.features import view_name
 
-__all__ = ["apply_command", "open_rows", "open_target"]
+__all__ = ["apply_command", "open_rows", "open_store", "open_target"]
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +49,11 @@ def open_target(
     BundleMismatch (the view is another bundle's), SinkUnavailable.
     """
     spec = bundle if isinstance(bundle, ViewSpec) else view_spec(bundle)
-    store = _open_store(repo_path, config_file)
+    store = open_store(repo_path, config_file)
     apply = apply_command(repo_path, config_file)
     view = _find_view(store, spec, apply)
     _refuse_other_view(view, spec, apply)
+    _refuse_other_source(view, spec, apply)
     _look_at_settings(store, view)
     return ViewTarget(store, view, join_key_of(spec.manifest.entity)), spec
 
@@ -60,7 +63,8 @@ def apply_command(repo_path: Path, config_file: str) -> str:
     return f"feast -c {repo_path} -f {repo_path / config_file} apply"
 
 
-def _open_store(repo_path: Path, config_file: str) -> FeatureStore:
+def open_store(repo_path: Path, config_file: str) -> FeatureStore:
+    """Open a Feast repository. Raises ConfigError naming the file, and what is wrong in it."""
     path = repo_path.absolute() / config_file
     try:
         return FeatureStore(repo_path=str(repo_path.absolute()), fs_yaml_file=path)
@@ -90,7 +94,7 @@ def _find_view(store: FeatureStore, spec: ViewSpec, apply: str) -> FeatureView:
         raise ConfigError(
             "feature_repo",
             f"the registry has no feature view {name}",
-            f"set LLM4ES_BUNDLE to this bundle's folder and run: {apply}",
+            f"name this bundle's folder in LLM4ES_BUNDLES and run: {apply}",
         ) from error
     except Exception as error:
         # A registry may be a file, a database or a bucket.
@@ -123,6 +127,32 @@ def _refuse_other_view(view: FeatureView, spec: ViewSpec, apply: str) -> None:
     if view.batch_source is None or view.batch_source.timestamp_field != TIMESTAMP_FIELD:
         raise BundleMismatch(
             f"feature view {view.name}", f"has no batch source timed by {TIMESTAMP_FIELD}", remedy
+        )
+
+
+def _refuse_other_source(view: FeatureView, spec: ViewSpec, apply: str) -> None:
+    """Compare what the registry says of the events with what the bundle was trained on."""
+    source = view.stream_source
+    if not isinstance(source, KafkaSource):
+        return
+    field = source.tags.get("event_time_field")
+    if field is not None and field != spec.schema.event_time.field:
+        raise BundleMismatch(
+            f"data source {source.name}",
+            f"takes event time from {field!r}, the bundle from {spec.schema.event_time.field!r}",
+            f"run: {apply}",
+        )
+    told = source.kafka_options.message_format
+    if isinstance(told, JsonFormat) and told.schema_json != format_of(spec.schema):
+        raise BundleMismatch(
+            f"data source {source.name}", "describes other fields than the bundle", f"run: {apply}"
+        )
+    watermark = source.kafka_options.watermark_delay_threshold
+    lateness = spec.manifest.window.allowed_lateness
+    if watermark is not None and watermark != lateness:
+        log.warning(
+            "data source %s has a watermark of %s; the bundle's windows allow %s, and that counts",
+            *(source.name, watermark, lateness),
         )
 
 

@@ -4,22 +4,20 @@ A label row that carries an event id joins at that event's own `as_of`: the row 
 once it has seen the event, and not a microsecond of what came after.
 """
 
-import warnings
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from feast import FeatureStore, FeatureView
-from feast.errors import FeastObjectNotFoundException
+from feast import FeatureStore
 from pyarrow import parquet
 
 from llm4es.errors import ConfigError
 from llm4es.feast.definitions import TIMESTAMP_FIELD, join_key_of
 from llm4es.feast.deletions import pending_deletions
-from llm4es.feast.journal import list_parts, log_schema
 from llm4es.feast.offline_log import log_folder
-from llm4es.features import service_name
+from llm4es.feast.parts import list_parts, log_schema
+from llm4es.feast.services import served_view
 
 __all__ = ["read_as_of"]
 
@@ -45,7 +43,7 @@ def read_as_of(store: FeatureStore, entity: str) -> pd.DataFrame:
 
     Raises ConfigError where the registry has no such service, or its log is not on this machine.
     """
-    view = _view_of(store, entity)
+    view = served_view(store, entity)
     folder = log_folder(store.config, view.batch_source)
     if folder is None:
         raise ConfigError(
@@ -64,34 +62,6 @@ def read_as_of(store: FeatureStore, entity: str) -> pd.DataFrame:
     )
     frame: pd.DataFrame = earliest.to_pandas()
     return frame
-
-
-def _view_of(store: FeatureStore, entity: str) -> FeatureView:
-    name = service_name(entity)
-    remedy = "set LLM4ES_BUNDLE to a bundle of this entity and run: feast apply"
-    try:
-        service = store.registry.get_feature_service(name, store.project)
-        with warnings.catch_warnings():  # see definitions.define
-            warnings.simplefilter("ignore", RuntimeWarning)
-            views = [
-                store.registry.get_any_feature_view(projection.name, store.project)
-                for projection in service.feature_view_projections
-            ]
-    except FeastObjectNotFoundException as error:
-        raise ConfigError("entity", f"{error}", remedy) from error
-    # A user may have put views of other kinds beside ours.
-    ours = [
-        view
-        for view in views
-        if isinstance(view, FeatureView)
-        and view.tags.get("entity") == entity
-        and "bundle_id" in view.tags
-    ]
-    if len(ours) != 1:
-        raise ConfigError(
-            f"feature service {name}", f"points to {len(ours)} bundles' views, not to one", remedy
-        )
-    return ours[0]
 
 
 def _read_columns(folder: Path, join_key: str, columns: list[str]) -> pa.Table:

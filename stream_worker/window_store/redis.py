@@ -333,5 +333,11 @@ def _mapped() -> Iterator[None]:
             "window_store", f"Redis refuses us ({error})", "mend user and password in its URL"
         ) from error
     except RedisError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise ConfigError(
+                "window_store",
+                f"no authority that we know vouches for Redis' certificate ({error})",
+                "name its file in the URL: rediss://...?ssl_ca_certs=PATH",
+            ) from error
         msg = f"the Redis window store cannot be used ({error})"
         raise SinkUnavailable(msg) from error

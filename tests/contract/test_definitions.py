@@ -3,10 +3,11 @@
 import json
 import logging
 import re
+import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,11 +16,21 @@ from typing import Any
 import pytest
 from feast import FeatureService, FeatureStore, FeatureView, FileSource, KafkaSource, PushSource
 from feast.data_format import JsonFormat
+from feast.errors import FeatureViewNotFoundException
 from google.protobuf.json_format import MessageToDict
 
 from dev.processes import LOOPBACK, ServerProcess, is_free, on_a_free_port
 from llm4es.errors import BundleMismatch, ConfigError
-from llm4es.feast import ViewSpec, define, open_sink
+from llm4es.feast import (
+    ViewSpec,
+    define,
+    define_all,
+    drop_view,
+    open_sink,
+    read_pairs,
+    served_view,
+    switch_service,
+)
 from llm4es.feast.definitions import view_tags
 from llm4es.features import view_name
 from tests.feast_parts import (
@@ -244,11 +255,169 @@ def test_two_bundles_views_live_side_by_side_and_the_service_follows_the_last(
     new.close()
 
 
+def event_ids(store: FeatureStore, entity_ids: list[str]) -> list[str | None]:
+    """What a reader of the stable service sees."""
+    found: list[str | None] = store.get_online_features(
+        features=store.get_feature_service("customer_llm4es"),
+        entity_rows=[{"customer_id": each} for each in entity_ids],
+    ).to_dict()["last_event_id"]
+    return found
+
+
+def publish(repo: Path, spec: ViewSpec, *entity_ids: str, last_event_id: str) -> None:
+    sink = open_sink(repo, spec, writer_id="w")
+    sink.publish([row(spec, each, last_event_id=last_event_id) for each in entity_ids])
+    sink.close()
+
+
+def test_feast_apply_of_a_list_of_bundles_keeps_the_rows_of_each(
+    tmp_path: Path, spec: ViewSpec, bundle: Path
+) -> None:
+    repo = make_repo(tmp_path / "repo")
+    apply(repo, spec)
+    publish(repo, spec, "c1", last_event_id="old")
+    new = make_spec(tmp_path / "new", bundle_id=OTHER_ID)
+    terminal = make_spec(tmp_path / "terminal", bundle_id="111111111111", entity="terminal")
+    done = feast(
+        repo,
+        "apply",
+        LLM4ES_BUNDLES=f"{bundle}, {tmp_path / 'new'},{tmp_path / 'terminal'}",
+        LLM4ES_TOPICS="terminal=payments.by-terminal",
+        LLM4ES_SERVING=f"customer={OTHER_ID}",
+        LLM4ES_TTL_S="3600",
+        LLM4ES_TOPIC="payments",
+    )
+    assert done.returncode == 0, done.stderr
+    store = FeatureStore(repo_path=str(repo))
+    assert {entity.name for entity in store.list_entities()} == {"customer", "terminal"}
+    assert served_view(store, "customer").name == view_name("customer", OTHER_ID)
+    assert served_view(store, "terminal").ttl == timedelta(hours=1)
+    for each, topic in ((spec, "payments"), (new, "payments"), (terminal, "payments.by-terminal")):
+        sink = open_sink(repo, each, writer_id="w")
+        assert (sink.topic, *sink.value_format) == (topic, "json", None)
+        expected = ["old"] if each is spec else [None]
+        assert [row and row.last_event_id for row in sink.read(["c1"])] == expected
+        sink.close()
+
+
+def test_what_cannot_be_defined_is_refused_naming_the_setting(
+    tmp_path: Path, spec: ViewSpec
+) -> None:
+    def define_these(specs: list[ViewSpec], **given: Any) -> None:  # noqa: ANN401
+        options = {"topics": {"customer": "t"}, "bootstrap_servers": "b:1", "offline_path": "o"}
+        define_all(specs, **{**options, **given})
+
+    for field, specs, given in (
+        ("bundles", [spec, spec], {}),
+        ("serving", [spec], {"serving": {"customer": OTHER_ID}}),
+        ("topics", [make_spec(tmp_path, entity="terminal")], {}),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            define_these(specs, **given)
+        assert refused.value.field == field
+    with pytest.raises(ConfigError, match="customer is no ENTITY=VALUE") as refused:
+        read_pairs("LLM4ES_SERVING", "terminal=1,customer")
+    assert refused.value.field == "LLM4ES_SERVING"
+
+
+REGISTRIES = {
+    "file": "data/registry.db",
+    "sql": "{registry_type: sql, path: 'sqlite:///REPO/registry.sqlite', cache_ttl_seconds: 1}",
+}
+
+
+# What Feast says to a reader that fetched the service before the switch, and reads after it.
+@pytest.mark.filterwarnings("ignore:The FeatureService object that has been passed:UserWarning")
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_readers_see_the_old_bundle_until_the_switch_and_the_new_one_after_it(
+    tmp_path: Path, spec: ViewSpec, kind: str
+) -> None:
+    folder = tmp_path / "repo"
+    repo = make_repo(folder, registry=REGISTRIES[kind].replace("REPO", str(folder)))
+    other = make_spec(tmp_path / "other", bundle_id=OTHER_ID)
+    apply(repo, other)
+    store = apply(repo, spec)  # the last one applied serves
+    publish(repo, spec, "c1", "c2", last_event_id="old")
+    publish(repo, other, "c1", "c2", last_event_id="new")
+    seen: list[list[str | None]] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            # Stock Feast takes names from the registry and views from the service it is handed:
+            # over a switch it raises, and answers when it is asked again.
+            with suppress(FeatureViewNotFoundException):
+                seen.append(event_ids(FeatureStore(repo_path=str(repo)), ["c1", "c2"]))
+
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        try:
+            for number in range(12):
+                bundle_id = (OTHER_ID, BUNDLE_ID)[number % 2]
+                assert switch_service(store, "customer", bundle_id) != bundle_id
+                assert switch_service(store, "customer", bundle_id) == bundle_id  # again: nothing
+        finally:
+            done.set()
+        reader.result()
+    assert seen
+    assert {tuple(each) for each in seen} <= {("old", "old"), ("new", "new")}
+    assert event_ids(FeatureStore(repo_path=str(repo)), ["c1"]) == ["old"]
+    assert not list(repo.glob("data/.registry*"))
+    with pytest.raises(ConfigError, match="no view customer_llm4es_222222222222"):
+        switch_service(store, "customer", "222222222222")
+
+
+@pytest.mark.parametrize("online", ["sqlite", "redis"])
+def test_dropping_a_view_takes_its_rows_and_leaves_the_other_whole(
+    tmp_path: Path, spec: ViewSpec, online: str, request: pytest.FixtureRequest
+) -> None:
+    redis = request.getfixturevalue("redis_server") if online == "redis" else None
+    project_rows = [f"{tmp_path.name}-{n}" for n in range(3)]
+    repo = make_repo(tmp_path / "repo", redis_url=redis and redis.address)
+    other = make_spec(tmp_path / "other", bundle_id=OTHER_ID)
+    apply(repo, spec)
+    store = apply(repo, other)
+    publish(repo, spec, *project_rows, last_event_id="old")
+    publish(repo, other, *project_rows, last_event_id="new")
+    with pytest.raises(ConfigError, match="still points to"):
+        drop_view(store, "customer", OTHER_ID)
+    assert drop_view(store, "customer", BUNDLE_ID)
+    assert not drop_view(store, "customer", BUNDLE_ID)  # again: nothing
+    fresh = FeatureStore(repo_path=str(repo))
+    assert event_ids(fresh, project_rows) == ["new"] * 3
+    assert [view.name for view in fresh.list_stream_feature_views()] == [
+        view_name("customer", OTHER_ID)
+    ]
+    assert {source.name.split("_")[2] for source in fresh.list_data_sources()} == {OTHER_ID}
+    apply(repo, spec)  # its rows are gone, not hidden
+    sink = open_sink(repo, spec, writer_id="w")
+    assert sink.read(project_rows) == [None] * 3
+    sink.close()
+
+
+def test_a_source_that_tells_of_other_events_is_refused(tmp_path: Path, spec: ViewSpec) -> None:
+    repo = make_repo(tmp_path / "repo")
+    store = apply(repo, spec)
+    view: Any = store.get_stream_feature_view(VIEW)
+    source = view.stream_source
+    told, tags = source.kafka_options.message_format, source.tags
+    other = JsonFormat("{}")
+    for problem, format_, tagged in (
+        ("event time from 'elsewhere'", told, {"event_time_field": "elsewhere"}),
+        ("other fields", other, tags),
+    ):
+        source.tags, source.kafka_options.message_format = tagged, format_
+        store.apply([store.get_entity("customer"), source, view])
+        with pytest.raises(BundleMismatch, match=problem) as refused:
+            open_sink(repo, spec, writer_id="w")
+        assert "apply" in refused.value.remedy
+
+
 def test_a_plain_view_on_a_push_source_is_accepted_and_has_no_topic(
     tmp_path: Path, spec: ViewSpec
 ) -> None:
     repo = make_repo(tmp_path / "repo")
-    made = define(spec, topic="t", bootstrap_servers="b:1", offline_path="data/log", watermark_s=1)
+    made = define(spec, topic="t", bootstrap_servers="b:1", offline_path="data/log")
     view = FeatureView(
         name=VIEW,
         entities=[made.entity],

@@ -198,7 +198,7 @@ TAMPERING: dict[str, Callable[[Path], object]] = {
     "the id is gone": lambda f: rewrite(f, lambda d: d.pop("id")),
     "an unknown key": lambda f: rewrite(f, lambda d: d.update(colour="red")),
     "a key is gone": lambda f: rewrite(f, lambda d: d.pop("pooling")),
-    "another format": lambda f: rewrite(f, lambda d: d.update(format=2)),
+    "another format": lambda f: rewrite(f, lambda d: d.update(format=1)),
     "a file's hash changed": lambda f: set_file(f, "graphs/full.onnx"),
     "a file too many is named": lambda f: set_file(f, "../elsewhere"),
     "no file is named": lambda f: rewrite(f, lambda d: d.update(files={})),

@@ -113,19 +113,19 @@ def histories(draw: st.DrawFn, scales: tuple[float, ...] = SCALES) -> History:
 
 def sums_of(layout: SumsLayout, history: History, start: int, end: int) -> NDArray[np.float64]:
     """Sums of the events [start, end) as a chapter of their own, relative to its last."""
-    inside = (history.token_events >= start) & (history.token_events < end)
-    weights = token_weights(layout, history.token_events[inside] - start, [end - start])[0]
     seen = history.surprise
-    return layout.pack(
-        weights @ history.states[inside],
-        weights.sum(axis=-1),
-        EventSurprise(
-            seen.nats[start:end], seen.deviation[start:end], seen.excess[start:end],
-            seen.present[start:end],
+    sums = np.zeros(layout.size)
+    for index in range(start, end):
+        states = history.states[history.token_events == index]
+        pooled = states[-1:] if layout.ends_only else states
+        own = slice(index, index + 1)
+        surprise = EventSurprise(
+            seen.nats[own], seen.deviation[own], seen.excess[own], seen.present[own]
         )
-        if layout.columns
-        else None,
-    )  # fmt: skip
+        sums = layout.add_event(
+            sums, pooled.sum(axis=0), len(pooled), surprise if layout.columns else None
+        )
+    return sums
 
 
 def window_of(history: History) -> Window:

@@ -8,6 +8,7 @@ from llm4es.engine.providers import (
     TENSORRT,
     Device,
     choose_providers,
+    provider_options,
     refuse_two_runtimes,
 )
 from llm4es.errors import ConfigError
@@ -77,3 +78,9 @@ def test_two_runtimes_in_one_environment_are_refused_with_the_way_out(
 )
 def test_one_runtime_or_none_is_no_reason_to_refuse(installed: list[str]) -> None:
     refuse_two_runtimes(installed)
+
+
+def test_no_provider_may_round_its_sums_to_less_than_fp32() -> None:
+    assert provider_options("CUDAExecutionProvider")["use_tf32"] == "0"
+    assert provider_options("TensorrtExecutionProvider")["trt_fp16_enable"] == "0"
+    assert provider_options("CPUExecutionProvider") == {}

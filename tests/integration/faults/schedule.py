@@ -22,7 +22,8 @@ from llm4es.errors import LLM4ESError
 from llm4es.events import Record, TopicPartition
 from llm4es.feast import open_reader
 from llm4es.feast.definitions import view_spec
-from llm4es.feast.journal import list_parts, recover_journals
+from llm4es.feast.journal import recover_journals
+from llm4es.feast.parts import list_parts
 from llm4es.features import FeatureRow
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
 from stream_worker.sources.kafka_client import KafkaProducer, KafkaSettings
