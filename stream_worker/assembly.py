@@ -46,6 +46,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_JOIN_WAIT_MS = 5_000  # a stop waits so long at most
 _SAMPLE = 50  # records per partition that are looked at before the topic is trusted
 
 
@@ -202,6 +203,7 @@ def _open_log(
         session_timeout_ms=settings.session_timeout_ms,
         max_poll_interval_ms=settings.max_poll_interval_ms,
         instance_id=settings.group_instance_id,
+        join_wait_ms=_JOIN_WAIT_MS,
     )
     source = KafkaRecordSource(kafka, topic, group)
     stack.callback(source.close)
