@@ -174,6 +174,10 @@ class WindowStore(Protocol):
         """Give every window of these partitions, in no order; it looks at all there are."""
         ...
 
+    def has_deleted(self) -> bool:
+        """Whether it keeps what is left of deleted entities, which no scan gives."""
+        ...
+
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
         ...

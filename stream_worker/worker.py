@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 
 from llm4es.bundle import Bundle
 from llm4es.errors import Fenced, SinkUnavailable, SourceUnavailable, StoreLost
-from llm4es.events import Record, TopicPartition
+from llm4es.events import Record, TopicPartition, decode_object
 from stream_worker.embedding import BatchReader
 from stream_worker.folding import RecordFolder
+from stream_worker.formats.decoding import Decode
 from stream_worker.metrics import Metrics
 from stream_worker.patience import Patience
 from stream_worker.placing import Places
@@ -34,6 +35,7 @@ class Parts:
     sink: FeatureSink
     dead_letters: DeadLetters
     metrics: Metrics
+    decode: Decode = decode_object  # values of records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class Worker:
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
             deletes=policy.deletes,
+            decode=parts.decode,
         )
         self._reader = BatchReader(
             parts.bundle,

@@ -315,6 +315,12 @@ def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected | 
         return ConfigError(
             "online_store", f"Redis refuses us ({error})", "mend its connection_string, or its ACL"
         )
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return ConfigError(
+            "online_store",
+            f"no authority that we know vouches for Redis' certificate ({error})",
+            "name its file in connection_string: HOST:PORT,ssl=true,ssl_ca_certs=PATH",
+        )
     if isinstance(error, _BUGS):
         return SinkRejected(message)
     if isinstance(error, _AWAY) or str(error).startswith(_PASSING):

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from feast import FeatureStore
+from feast.data_format import AvroFormat, ProtoFormat, StreamFormat
 from redis import Redis
 
 from dev.servers import RedisServer, wait_until
@@ -684,3 +685,23 @@ def test_a_sink_without_the_key_deletes_nothing_and_one_with_another_does_not_op
             open_sink(world.repo, world.spec, writer_id="k", deletion_key=key)
     with pytest.raises(ConfigError, match="shorter than 16"):
         DeletionKey("short")
+
+
+@pytest.mark.parametrize(
+    ("form", "due"),
+    [
+        (None, ("json", None)),
+        (AvroFormat(schema_json='{"type": "record"}'), ("avro", '{"type": "record"}')),
+        (AvroFormat(schema_json=""), ("avro", None)),
+        (ProtoFormat(class_path="shop.Payment"), ("protobuf", "shop.Payment")),
+    ],
+)
+def test_the_format_of_values_is_what_feasts_registry_says(
+    tmp_path: Path, form: StreamFormat | None, due: tuple[str, str | None]
+) -> None:
+    spec = make_spec(tmp_path / "bundle")
+    repo = make_repo(tmp_path / "repo")
+    apply(repo, spec, message_format=form)
+    sink = open_sink(repo, spec, writer_id="w")
+    assert sink.value_format == due
+    sink.close()
