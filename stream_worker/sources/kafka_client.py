@@ -27,6 +27,7 @@ __all__ = [
     "KafkaSettings",
     "OffsetAndMetadata",
     "admin",
+    "group_members",
     "kafka_partition",
     "mapped",
     "topic_configs",
@@ -118,3 +119,12 @@ def topic_configs(client: KafkaAdminClient, topic: str) -> dict[str, str]:
         [ConfigResource(ConfigResourceType.TOPIC, topic)], config_filter="all"
     )
     return {name: entry["value"] for name, entry in found["topic"][topic].items()}
+
+
+def group_members(client: KafkaAdminClient, group: str) -> int:
+    """How many consumers a group has now; 0 where Kafka does not know it."""
+    try:
+        found = client.describe_groups([group])
+    except kafka_errors.GroupIdNotFoundError:
+        return 0
+    return len(found[group]["members"])
