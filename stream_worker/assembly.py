@@ -36,6 +36,7 @@ from stream_worker.worker import Parts, Worker, WorkerPolicy
 
 __all__ = [
     "Assembled",
+    "BundleId",
     "assembled",
     "assembled_around",
     "deletion_key_of",
@@ -152,8 +153,15 @@ def assembled_around(
         yield Assembled(worker, parts)
 
 
+@dataclass(frozen=True, slots=True)
+class BundleId:
+    """A bundle of which no more is at hand than its id."""
+
+    id: str
+
+
 def open_window_store(
-    settings: WorkerSettings, bundle: Bundle, *, read_only: bool = False
+    settings: WorkerSettings, bundle: Bundle | BundleId, *, read_only: bool = False
 ) -> WindowStore:
     """Open the store a URL names. Raises ConfigError, SinkUnavailable.
 
