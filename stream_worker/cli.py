@@ -292,6 +292,69 @@ def expire(
     expire_view(settings, days=idle, dry_run=dry_run, as_json=as_json)
 
 
+dlq = typer.Typer(help="Dead letters: list, show, export, retry.", no_args_is_help=True)
+app.add_typer(dlq, name="dlq")
+
+
+@dlq.command(name="list")
+@with_settings
+def dlq_list(settings: WorkerSettings, *, as_json: _Result = False) -> None:
+    """Count dead letters by field and reason."""
+    from stream_worker.ops.dlq import list_letters  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    list_letters(settings, as_json=as_json)
+
+
+@dlq.command(name="show")
+@with_settings
+def dlq_show(
+    settings: WorkerSettings,
+    *,
+    place: Annotated[str, typer.Argument(help="PARTITION:OFFSET of the record itself")],
+    as_json: _Result = False,
+) -> None:
+    """Show one dead letter whole, its entity's id and its value too."""
+    from stream_worker.ops.dlq import show_letter  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    show_letter(settings, place, as_json=as_json)
+
+
+@dlq.command(name="export")
+@with_settings
+def dlq_export(
+    settings: WorkerSettings,
+    *,
+    out: Annotated[Path, typer.Option(help="File to write", dir_okay=False)],
+    as_json: _Result = False,
+) -> None:
+    """Write all dead letters as lines of JSON."""
+    from stream_worker.ops.dlq import export_letters  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    export_letters(settings, out, as_json=as_json)
+
+
+@dlq.command(name="retry")
+@with_settings
+def dlq_retry(
+    settings: WorkerSettings,
+    *,
+    field: Annotated[str | None, typer.Option(help="Only letters of this field")] = None,
+    repaired: Annotated[
+        Path | None, typer.Option(help="Only these, mended: lines as `dlq export` writes them")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Those tried before, too")] = False,
+    as_json: _Result = False,
+) -> None:
+    """Produce dead letters that are acceptable now to the topic they came from."""
+    from stream_worker.ops.dlq import retry_view  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    retry_view(settings, field=field, repaired=repaired, again=again, as_json=as_json)
+
+
 @contextmanager
 def _refusing() -> Iterator[None]:
     """One clear line and the exit code of the error tree."""
