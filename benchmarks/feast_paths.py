@@ -287,7 +287,7 @@ def redis(folder: Path) -> tuple[Figures, Figures]:
             [replace(each, entity_id=f"raw-{each.entity_id}") for each in batch] for batch in ours
         ]
         prepared = [[hash_of(encoder, target, each) for each in batch] for batch in again]
-        client: Any = Redis.from_url(server.url)
+        client: Any = Redis.from_url(server.url, socket_timeout=5)  # as the repository has it
 
         def raw_write(number: int) -> None:
             pipe = client.pipeline(transaction=False)

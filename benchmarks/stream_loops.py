@@ -8,6 +8,7 @@ imports and connections are not in it. Started by `benchmarks.stream_path`.
 
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -39,9 +40,11 @@ POLLED = 4096  # records at once, of every loop that polls by itself
 
 def worker(order: Order) -> Result:
     """Ours: windows in Redis, rows in Feast's Redis and in the offline log, offsets committed."""
-    settings = WorkerSettings(**order["settings"], max_records=POLLED, until_end=True)
+    until_end = order.get("until_end", True)
+    settings = WorkerSettings(**order["settings"], max_records=POLLED, until_end=until_end)
     with assembled_around(settings, bench_bundle(), CountEmbedder) as built:
         relax_gc()
+        signal.signal(signal.SIGTERM, lambda *_: built.worker.stop())
         started = time.perf_counter()
         built.worker.run()
         seconds = time.perf_counter() - started

@@ -105,7 +105,7 @@ def main(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm4es-bench-")))
         kafka = stack.enter_context(KafkaServer(folder / "kafka"))
         redis = stack.enter_context(RedisServer(folder / "redis"))
-        bench = Bench(folder, kafka, redis, _make_repo(folder / "repo", redis))
+        bench = Bench(folder, kafka, redis, make_repo(folder / "repo", redis))
         rates = _rates(bench, records, repeats)
         ratios = {
             "vs_feast_push": rates["worker"] / rates["feast"],
@@ -127,7 +127,7 @@ def _rates(bench: Bench, records: int, repeats: int) -> dict[str, float]:
     """Events per second of each loop: medians."""
     bench.topics("payments")
     lines = [json.dumps(each) for each in documents(records, CUSTOMERS)]
-    _produce(bench, "payments", lines, "customer_id")
+    produce(bench, "payments", lines, "customer_id")
     found: dict[str, list[float]] = {"worker": [], "poll": [], "quix": [], "feast": []}
     for repeat in range(repeats):
         for name, rates in found.items():
@@ -146,7 +146,7 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     _apply(bench.repo, bundle)
     lines = events.read_text().splitlines()
     bench.topics("full")
-    _produce(bench, "full", lines, "customer_id")
+    produce(bench, "full", lines, "customer_id")
     _forget(bench)
     order = bench.order("full", len(lines), "full")
     order["settings"]["bundle"], order["until_end"] = str(bundle), True
@@ -158,9 +158,9 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     order = bench.order("half", len(lines), "half")
     order["settings"] |= {"bundle": str(bundle), "threads": 1, "poll_timeout_ms": 20}
     order["until_end"] = False
-    with _start("served", order) as process:
+    with start("served", order) as process:
         _await_ready(process)
-        _produce(bench, "half", lines, "customer_id", per_second=rate / 2)
+        produce(bench, "half", lines, "customer_id", per_second=rate / 2)
         out, err = process.communicate(timeout=DEADLINE_S)
     if process.returncode:
         raise RuntimeError(err)
@@ -177,7 +177,7 @@ def _await_ready(process: "subprocess.Popen[str]") -> None:
 
 
 def _run(name: str, order: Mapping[str, Any]) -> dict[str, Any]:
-    with _start(name, order) as process:
+    with start(name, order) as process:
         out, err = process.communicate(timeout=DEADLINE_S)
     if process.returncode:
         raise RuntimeError(f"{name}: {err}")
@@ -185,7 +185,8 @@ def _run(name: str, order: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _start(name: str, order: Mapping[str, Any]) -> "subprocess.Popen[str]":
+def start(name: str, order: Mapping[str, Any]) -> "subprocess.Popen[str]":
+    """Start a loop in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.stream_loops", name, json.dumps(order)],
         stdout=subprocess.PIPE,
@@ -194,9 +195,10 @@ def _start(name: str, order: Mapping[str, Any]) -> "subprocess.Popen[str]":
     )
 
 
-def _produce(
+def produce(
     bench: Bench, topic: str, lines: Sequence[str], key: str, per_second: float | None = None
 ) -> None:
+    """Produce lines under the value of their field `key`, in order, at a rate if one is given."""
     producer = KafkaProducer(
         bootstrap_servers=bench.kafka.bootstrap_servers,
         enable_idempotence=True,
@@ -221,7 +223,8 @@ def _forget(bench: Bench) -> None:
     bench.redis.start()
 
 
-def _make_repo(folder: Path, redis: RedisServer) -> Path:
+def make_repo(folder: Path, redis: RedisServer) -> Path:
+    """A feature repository with our view, and one to push to."""
     folder.mkdir()
     (folder / "feature_store.yaml").write_text(_REPO.format(redis=redis.address))
     definitions = define(

@@ -29,12 +29,14 @@ from stream_worker.ports import DeadLetters, Embedder, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
+from stream_worker.tracing import tracing
 from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
 __all__ = [
     "Assembled",
+    "BundleId",
     "assembled",
     "assembled_around",
     "deletion_key_of",
@@ -45,6 +47,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_JOIN_WAIT_MS = 5_000  # a stop waits so long at most
 _SAMPLE = 50  # records per partition that are looked at before the topic is trusted
 
 
@@ -85,7 +88,8 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
 
     with (
         ExitStack() as stack,
-        assembled_around(settings, load_bundle(settings.bundle), open_model) as built,
+        tracing(settings.trace_endpoint) as traced,
+        assembled_around(settings, load_bundle(settings.bundle), open_model, wrap=traced) as built,
     ):
         yield built
 
@@ -149,8 +153,15 @@ def assembled_around(
         yield Assembled(worker, parts)
 
 
+@dataclass(frozen=True, slots=True)
+class BundleId:
+    """A bundle of which no more is at hand than its id."""
+
+    id: str
+
+
 def open_window_store(
-    settings: WorkerSettings, bundle: Bundle, *, read_only: bool = False
+    settings: WorkerSettings, bundle: Bundle | BundleId, *, read_only: bool = False
 ) -> WindowStore:
     """Open the store a URL names. Raises ConfigError, SinkUnavailable.
 
@@ -200,6 +211,7 @@ def _open_log(
         session_timeout_ms=settings.session_timeout_ms,
         max_poll_interval_ms=settings.max_poll_interval_ms,
         instance_id=settings.group_instance_id,
+        join_wait_ms=_JOIN_WAIT_MS,
     )
     source = KafkaRecordSource(kafka, topic, group)
     stack.callback(source.close)

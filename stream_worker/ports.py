@@ -220,6 +220,10 @@ class Embedder(Protocol):
         """
         ...
 
+    def forget(self, entity_ids: Iterable[str]) -> None:
+        """Drop what is kept of these entities: they are deleted."""
+        ...
+
 
 class FeatureSink(Protocol):
     """The offline log and the online store of one feature view."""

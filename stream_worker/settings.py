@@ -156,6 +156,9 @@ class WorkerSettings(BaseSettings):
     metrics_port: int | None = Field(
         None, ge=1, le=65_535, description="Serve Prometheus metrics here"
     )
+    trace_endpoint: str | None = Field(
+        None, description="Send traces of batches here by OTLP over HTTP (extra: otel)"
+    )
 
     @classmethod
     def settings_customise_sources(

@@ -68,6 +68,7 @@ class Worker:
         self._source = parts.source
         self._store = parts.store
         self._sink = parts.sink
+        self._embedder = parts.embedder
         self._dead_letters = parts.dead_letters
         self._metrics = parts.metrics
         self._policy = policy
@@ -153,9 +154,9 @@ class Worker:
             batch = self._reader.read(records, lambda ids: self._hot.load(ids, txn))
             read_at = time.monotonic()
             if tombstones := list(batch.folding.tombstones.values()):
-                self._patience.with_(
-                    lambda: self._sink.delete(tombstones)
-                )  # before what came after
+                # Before what came after it.
+                self._patience.with_(lambda: self._sink.delete(tombstones))
+                self._embedder.forget(each.entity_id for each in tombstones)
             self._patience.with_(lambda: self._sink.journal(batch.rows, _spans(records)))
             self._patience.with_(  # 1. publish: offline first, then online
                 lambda: self._sink.publish(

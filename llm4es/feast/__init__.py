@@ -20,6 +20,7 @@ from llm4es.feast.embedding_reader import (
 from llm4es.feast.online_reader import OnlineReader, open_reader
 from llm4es.feast.reader import read_as_of
 from llm4es.feast.services import bundle_views, drop_view, served_view, switch_service
+from llm4es.feast.serving import Serving
 from llm4es.feast.sink import FeastSink, open_sink
 from llm4es.feast.training import EntityFeatures, TrainingSet, training_frame
 
@@ -31,6 +32,7 @@ __all__ = [
     "EntityFeatures",
     "FeastSink",
     "OnlineReader",
+    "Serving",
     "Status",
     "TrainingSet",
     "ViewSpec",

@@ -76,6 +76,7 @@ class SqliteRows:
             if not read_only:
                 self._connection.execute("PRAGMA journal_mode=WAL")
                 self._connection.execute("PRAGMA synchronous=NORMAL")
+                self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is gone
             tables = self._connection.execute(
                 "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,)
             ).fetchall()
@@ -128,7 +129,6 @@ class SqliteRows:
         now = time.time()
         alone = f"feature_name = '{_EXACT}' AND created_ts IS NOT NULL"
         with self._transaction():
-            self._connection.execute("PRAGMA secure_delete = ON")
             self._connection.execute(
                 f"CREATE INDEX IF NOT EXISTS {self._guards} ON {self._table} (created_ts) "
                 f"WHERE {alone}"

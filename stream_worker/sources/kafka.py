@@ -42,7 +42,13 @@ _FOREVER_MS = str(2**63 - 1)  # message.timestamp.after.max.ms where nothing is 
 
 
 class KafkaGroup:
-    """Name and timings of the consumer group; `instance_id` makes membership static (KIP-345)."""
+    """Name and timings of the consumer group; `instance_id` makes membership static (KIP-345).
+
+    `join_wait_ms` is how long a poll stays with a rebalance that is under way, whatever its own
+    timeout. kafka-python 3.0 forgets a join that completes between two polls and begins another,
+    so that on a slow machine short polls may never get their partitions. (Members that share one
+    thread must not wait for one another.)
+    """
 
     def __init__(
         self,
@@ -51,8 +57,10 @@ class KafkaGroup:
         session_timeout_ms: int = 10_000,
         max_poll_interval_ms: int = 300_000,
         instance_id: str | None = None,
+        join_wait_ms: int = 0,
     ) -> None:
         self.name = name
+        self.join_wait_ms = join_wait_ms
         self.config: dict[str, Any] = {
             "group_id": name,
             "session_timeout_ms": session_timeout_ms,
@@ -72,6 +80,7 @@ class KafkaRecordSource:
         self._settings = settings
         self._topic = topic
         self._group = group.name if group is not None else None
+        self._join_wait_ms = group.join_wait_ms if group is not None else 0
         self._listener: AssignmentListener | None = None
         self._rebalances = _Rebalances()
         # Assigned, but not yet told where to read from: their records are not to be used.
@@ -128,6 +137,9 @@ class KafkaRecordSource:
     def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:
         """Records of one fetch; those of a partition come in order of offset."""
         with mapped():
+            coordinator = self._consumer._coordinator  # noqa: SLF001 - see `KafkaGroup`
+            if self._join_wait_ms and coordinator.need_rejoin():
+                coordinator.poll(timeout_ms=self._join_wait_ms)
             found = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         self._place_assigned()
         batches = {
@@ -208,9 +220,10 @@ class KafkaRecordSource:
         """
         owned = self._consumer.assignment()
         with mapped():
+            paused = self._consumer.paused()
             self._consumer.pause(*owned)
             found = self._consumer.poll(timeout_ms=0)
-            self._consumer.resume(*(owned & self._consumer.assignment()))
+            self._consumer.resume(*(owned & self._consumer.assignment() - paused))
             for partition, raws in found.items():  # of partitions that came meanwhile
                 self._consumer.seek(partition, raws[0].offset)
         if self._rebalances.pending or not self._rebalances.joined:

@@ -34,6 +34,7 @@ __all__ = [
     "OffsetAndMetadata",
     "admin",
     "connecting",
+    "group_members",
     "kafka_partition",
     "mapped",
     "to_record",
@@ -211,3 +212,12 @@ def _moment(timestamp_ms: int) -> datetime | None:
         return EPOCH + timedelta(milliseconds=timestamp_ms)
     except OverflowError:
         return None
+
+
+def group_members(client: KafkaAdminClient, group: str) -> int:
+    """How many consumers a group has now; 0 where Kafka does not know it."""
+    try:
+        found = client.describe_groups([group])
+    except kafka_errors.GroupIdNotFoundError:
+        return 0
+    return len(found[group]["members"])

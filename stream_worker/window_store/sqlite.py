@@ -297,6 +297,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA secure_delete=ON")  # what is deleted is gone from the file
         connection.executescript(_TABLES)
     except sqlite3.Error:
         connection.close()

@@ -1,6 +1,9 @@
 """One suite over the sink's three ways into an online store, read back as stock clients read."""
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -415,6 +418,35 @@ def test_what_is_published_to_sqlite_is_in_the_file_itself_without_its_write_ahe
     shutil.copy(world.repo / "data/online.db", after_the_cut.repo / "data/online.db")
     assert after_the_cut.online(["c1"])["last_event_id"] == ["kept"]
     sink.close()
+
+
+def test_a_process_that_has_feast_and_not_us_reads_rows_and_training_sets(
+    tmp_path: Path, redis_server: RedisServer, unique: str
+) -> None:
+    world = make_world(tmp_path, "redis", redis_server)
+    sink = world.open()
+    written = row(world.spec, unique, seed=4, last_event_id="seen")
+    sink.journal([written])
+    sink.publish([written])
+    sink.close()
+    file = world.repo / "feature_store.yaml"
+    ours = "llm4es.feast.offline_log.LogOfflineStore"
+    assert ours in file.read_text()
+    file.write_text(file.read_text().replace(ours, "duckdb"))
+    script = Path(__file__).with_name("stock_client.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(world.repo), unique, NOON.isoformat()],
+        cwd=world.repo,  # where stock Feast looks for a relative path
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    vector = [float(each) for each in written.embedding]
+    assert found["online"] == [vector, ["seen", None]]
+    assert found["training"] == [vector, ["seen", "seen"]]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -76,6 +76,7 @@ class Shop:
     deletion_key: DeletionKey | None = None
     decode: Decode = decode_object
     first: int = 0  # offset at which partition 0 begins
+    wrap: Callable[[Parts], Parts] = lambda parts: parts
 
     def work(
         self,
@@ -93,13 +94,15 @@ class Shop:
             bundle=self.bundle,
             source=self.interrupted("source", source),
             store=self.interrupted("store", store),
-            embedder=PoisonedEmbedder(LengthEmbedder(self.bundle), self.poisonous),
+            embedder=self.interrupted(
+                "embedder", PoisonedEmbedder(LengthEmbedder(self.bundle), self.poisonous)
+            ),
             sink=self.interrupted("sink", self.sink),
             dead_letters=self.interrupted("letters", letters),
             metrics=self.metrics,
             decode=self.decode,
         )
-        worker = Worker(parts, WorkerPolicy(**{"until_end": True, **policy}))
+        worker = Worker(self.wrap(parts), WorkerPolicy(**{"until_end": True, **policy}))
         try:
             worker.run(lambda: on_batch(worker))
         finally:
@@ -519,7 +522,11 @@ def test_a_tombstone_deletes_what_came_before_it_and_what_comes_after_begins_ane
 ) -> None:
     log = payments(6)
     log[3] = tombstone(log[3])
-    shop = Shop(tmp_path, log, deletion_key=KEY)
+    told: list[str] = []
+    happenings: dict[str, Happenings] = {
+        "embedder.forget": [lambda: told.append("what is cached goes")]
+    }
+    shop = Shop(tmp_path, log, deletion_key=KEY, happenings=happenings)
     shop.work(batches=iter(lambda: batch, 0), deletes=True, every_event=True)
     window = shop.window()
     assert window is not None
@@ -528,6 +535,7 @@ def test_a_tombstone_deletes_what_came_before_it_and_what_comes_after_begins_ane
         "e5",
     ]
     assert [row.last_event_id for row in shop.sink.offline] == ["e4", "e5"]
+    assert told == ["what is cached goes"]
     assert shop.sink.online["c1"].event_count == 2
     assert shop.metrics.registry.get_sample_value(
         "llm4es_events_total", {"outcome": "deleted"}
