@@ -1,5 +1,6 @@
 """The Feast plugin: the only part that imports Feast."""
 
+from llm4es.feast.auditing import offline_entities, offline_rows
 from llm4es.feast.compaction import Compaction, compact_view
 from llm4es.feast.definitions import (
     Definitions,
@@ -40,6 +41,8 @@ __all__ = [
     "define",
     "define_all",
     "drop_view",
+    "offline_entities",
+    "offline_rows",
     "open_embedding_reader",
     "open_reader",
     "open_sink",

@@ -21,7 +21,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from numpy.typing import NDArray
 
 from llm4es.deletion import Tombstone
-from llm4es.errors import SinkRejected, SinkUnavailable
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
 from llm4es.events import EPOCH, entity_hash
 from llm4es.features import FeatureRow
 
@@ -108,6 +108,14 @@ class OnlineRows(Protocol):
 
         It stays for at least `guard_s` seconds, and keeps older rows from being written, be there
         a row now or not. A newer row stays as it is. Raises SinkUnavailable, SinkRejected.
+        """
+        ...
+
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """Write each row over the one of the timestamp that was seen, be it newer or older.
+
+        Gives the entities where another one stands by now. Raises as `write`, and ConfigError
+        where the store cannot compare.
         """
         ...
 
@@ -239,6 +247,12 @@ class PortableRows:
         )
         for each in due:
             self._newest[each.entity_id] = each.as_of
+
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:  # noqa: ARG002
+        """Refuse: nothing here can be compared and written at once."""
+        raise ConfigError(
+            "repair", "this online store cannot compare before it writes", "use Redis or SQLite"
+        )
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows."""

@@ -81,6 +81,15 @@ end
 return answers
 """
 )
+# KEYS: entity. ARGV: the timestamp's value that was seen (empty: none), ttl (0: none), then the
+# hash's fields and values, the timestamp's first. -1 where another timestamp stands.
+_REPLACE = """
+if (redis.call('HGET', KEYS[1], ARGV[3]) or '') ~= ARGV[1] then return -1 end
+redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+if ARGV[2] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[2])
+else redis.call('PERSIST', KEYS[1]) end
+return 1
+"""
 # KEYS: a topic's marks. ARGV: how many pairs (name, number known to be held) come first, then
 # pairs (name, number) to move up to. 0, and nothing written, where less is held.
 _MARK = """
@@ -241,6 +250,23 @@ class RedisRows:
             for each in tombstones
         ]
         self._execute(calls)
+
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """See OnlineRows."""
+        calls = []
+        for row, moment in zip(rows, seen, strict=True):
+            found: bytes | str = "" if moment is None else encode_timestamp(moment)[2]
+            arguments: list[bytes | str | int] = [found, self._ttl]
+            arguments += [self._timestamp_field, encode_timestamp(row.as_of)[2]]
+            for name, value in encode_row(row, self._target).items():
+                arguments += [self._fields[name], value]
+            calls.append(_Call(_REPLACE, [self._key(row.entity_id)], arguments))
+        answers = self._execute(calls)
+        return [
+            row.entity_id
+            for row, answer in zip(rows, answers, strict=True)
+            if answer == _SUPERSEDED
+        ]
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond."""

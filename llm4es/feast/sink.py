@@ -7,6 +7,7 @@ length; so everything is checked here, when the sink is opened and for each row.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,10 @@ from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
 from llm4es.events import EPOCH, NO_OFFSETS, NO_SPANS, OffsetSpans, TopicPartition, entity_hash
-from llm4es.feast.definitions import ViewSpec
-from llm4es.feast.deletions import Deletions
+from llm4es.feast.definitions import TIMESTAMP_FIELD, ViewSpec
+from llm4es.feast.deletions import Deletions, Rewritten
 from llm4es.feast.journal import OfflineJournal
-from llm4es.feast.offline_log import log_folder
+from llm4es.feast.offline_log import log_folder, rewrite_deleted
 from llm4es.feast.online import Marks, OnlineRows, ViewTarget
 from llm4es.feast.online_reader import OnlineReader
 from llm4es.feast.opening import apply_command, open_rows, open_target
@@ -160,6 +161,43 @@ class FeastSink:
         `last_event_time` is in whole seconds. Raises SinkUnavailable.
         """
         return self._reader.read(entity_ids)
+
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """Put rows in the place of those that were found wrong, as long as `seen` still stands.
+
+        `seen` are the timestamps (`as_of`) that were found. Gives the entities whose row has
+        changed meanwhile, and was left alone. Raises SinkUnavailable, SinkRejected, ConfigError
+        for a store that cannot compare.
+        """
+        self._refuse_broken(rows)
+        left = self._online.replace(rows, seen)
+        self._online.sync()
+        return left
+
+    def rewrite_deleted(self) -> Rewritten:
+        """Take deleted entities' rows out of the offline log's parts. Raises SinkUnavailable."""
+        folder = self._journal.folder
+        try:
+            return rewrite_deleted(
+                folder, join_key=self._target.join_key, timestamp_field=TIMESTAMP_FIELD
+            )
+        except OSError as error:
+            raise SinkUnavailable(f"offline log {folder}: {error}") from error
+
+    @property
+    def view(self) -> str:
+        """Name of the feature view."""
+        return str(self._target.view.name)
+
+    @property
+    def offline_folder(self) -> Path:
+        """Folder of the offline log."""
+        return self._journal.folder
+
+    @property
+    def join_key(self) -> str:
+        """Column of the entity's id."""
+        return self._target.join_key
 
     def roll(self) -> None:
         """Return when every journalled row is in a part that readers see."""

@@ -153,6 +153,19 @@ class SqliteRows:
                     (key, *_exact(each.as_of), math.ceil(now + guard_s)),
                 )
 
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """See OnlineRows."""
+        left = []
+        keys = [self._key(row.entity_id) for row in rows]
+        with self._transaction():
+            standing = self._standing(keys)
+            for key, row, moment in zip(keys, rows, seen, strict=True):
+                if standing.get(key) != (None if moment is None else _microseconds(moment)):
+                    left.append(row.entity_id)
+                    continue
+                self._connection.executemany(self._upsert, self._table_rows(key, row))
+        return left
+
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond for rows of ours."""
         keys = [self._key(entity_id) for entity_id in entity_ids]

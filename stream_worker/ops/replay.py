@@ -35,6 +35,7 @@ from stream_worker.formats.decoding import Decode, open_decoder
 from stream_worker.metrics import Metrics, Summary
 from stream_worker.ops.logs import ReplayableLog, moments_of, open_log
 from stream_worker.ops.replay_sink import Into, LetterCount, ReplaySink
+from stream_worker.ops.showing import show
 from stream_worker.ops.snapshot import restore_snapshot
 from stream_worker.ops.spans import Span, SpanSource, TokenBucket, resolve_offsets
 from stream_worker.ports import Embedder, LogDescription
@@ -316,11 +317,11 @@ def replay_log(
 
     with opened_replay(settings, bundle, open_model, request, keep=not dry_run) as replay:
         if dry_run:
-            _show(msgspec.to_builtins(replay.plan), plan_table(replay.plan), as_json=as_json)
+            show(msgspec.to_builtins(replay.plan), plan_table(replay.plan), as_json=as_json)
             return
         with stopping_on_signals(replay.stop), _bar() as progress:
             report = replay.run(progress)
-        _show(asdict(report), report_table(report), as_json=as_json)
+        show(asdict(report), report_table(report), as_json=as_json)
     if not report.finished:
         typer.echo("stream_worker: stopped; the same command with --resume goes on", err=True)
         raise typer.Exit(1)
@@ -577,10 +578,3 @@ def report_table(report: ReplayReport) -> Table:
     ):
         table.add_row(name, value)
     return table
-
-
-def _show(document: object, table: Table, *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(msgspec.json.encode(document).decode())
-    else:
-        Console().print(table)
