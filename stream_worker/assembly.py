@@ -32,7 +32,14 @@ from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
-__all__ = ["Assembled", "BundleId", "assembled", "assembled_around", "open_window_store"]
+__all__ = [
+    "Assembled",
+    "BundleId",
+    "assembled",
+    "assembled_around",
+    "open_window_store",
+    "worker_policy",
+]
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +128,7 @@ def assembled_around(
                 metrics=Metrics(),
             )
         )
-        worker = Worker(parts, _policy(settings))
+        worker = Worker(parts, worker_policy(settings))
         if settings.metrics_port is not None:
             patience_s = settings.max_poll_interval_ms / 1000
             server = serve_health(
@@ -217,7 +224,8 @@ def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:
     return None if secret is None else DeletionKey(secret.get_secret_value())
 
 
-def _policy(settings: WorkerSettings) -> WorkerPolicy:
+def worker_policy(settings: WorkerSettings) -> WorkerPolicy:
+    """How a worker goes about its batches, as the settings say."""
     keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
     delay = timedelta(milliseconds=settings.availability_delay_ms)
     return WorkerPolicy(

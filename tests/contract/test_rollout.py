@@ -24,7 +24,7 @@ from llm4es.windows import Window
 from stream_worker.ops.comparison import compare_rows
 from stream_worker.ops.rollout import Done, Rollout
 from stream_worker.ports import LogIdentity
-from stream_worker.settings import WorkerSettings
+from stream_worker.settings import WorkerSettings, load_settings
 from stream_worker.sources.kafka_client import (
     KafkaConsumer,
     KafkaSettings,
@@ -57,12 +57,15 @@ class World:
     ids: list[str]
 
     def settings(self, bundle: str = "new") -> WorkerSettings:
-        return WorkerSettings(
-            bundle=self.folder / bundle,
-            feature_repo=self.repo,
-            window_store=f"sqlite:{self.folder / 'windows.db'}",  # type: ignore[arg-type]
-            state_dir=self.folder / "state",
-            source="file",
+        return load_settings(
+            {
+                "bundle": self.folder / bundle,
+                "feature_repo": self.repo,
+                "window_store": f"sqlite:{self.folder / 'windows.db'}",
+                "state_dir": self.folder / "state",
+                "source": "file",
+            },
+            None,
         )
 
     def rollout(self, **options: Any) -> Rollout:  # noqa: ANN401 - Rollout's own
