@@ -10,7 +10,7 @@ log are left aside; handing buckets over and taking results back are not.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, cast
@@ -23,7 +23,7 @@ from benchmarks.machine import machine
 from llm4es.bundle import load_bundle
 from llm4es.engine import open_embedder
 from llm4es.events import Record
-from stream_worker.ops.buckets import BucketReader, bucket_of, fill_here
+from stream_worker.ops.buckets import BucketReader, Filled, bucket_of, fill_here
 from stream_worker.ops.ray_pool import ray_pool
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.worker import WorkerPolicy
@@ -54,14 +54,16 @@ def main(
 
     cores = cast("int", machine()["cores"])
     one = open_reader()
-    alone, pooled = [], []
+    alone: list[float] = []
+    pooled: list[float] = []
     with ray_pool(open_reader, actors=cores) as pool:
         rows: list[set[Any]] = []
         for _ in range(repeats):
-            for seconds, fill in (
+            ways: Sequence[tuple[list[float], Callable[[], Iterator[Filled]]]] = (
                 (alone, lambda: fill_here(lambda: one, buckets)),
                 (pooled, lambda: pool.fill(buckets)),
-            ):
+            )
+            for seconds, fill in ways:
                 spent, found = timed(lambda: list(fill()))  # noqa: B023 - called at once
                 seconds.append(spent)
                 rows.append({(row.entity_id, row.as_of, row.embedding.tobytes())

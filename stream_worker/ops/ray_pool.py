@@ -44,9 +44,10 @@ def ray_pool(opener: Opener, *, actors: int | None, gpus: float = 0) -> Iterator
     ConfigError without the extra, or for actors that the cluster has no room for.
     """
     try:
-        import ray  # noqa: PLC0415 - an extra
+        import ray as module  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ConfigError("engine", "Ray is not there", "pip install 'llm4es[ray]'") from error
+    ray: Any = module  # typed in part
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         cpus = int(ray.cluster_resources().get("CPU", 1))
