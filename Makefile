@@ -42,10 +42,12 @@ stack: setup ## Kafka and Redis on this machine, without Docker, until Ctrl-C
 setup: ## the environment for all of this
 	@sh dev/setup.sh dev
 
-setup-bench: setup ## the environment for python -m benchmarks.NAME
+setup-bench: ## the environment for python -m benchmarks.NAME
+	@sh dev/setup.sh bench
 
 requirements: setup ## pin requirements/*.txt anew; UP=--upgrade for newer versions
-	. .venv/bin/activate && $(PIN) $(UP) --extra cpu --extra train --extra dev -o requirements/dev.txt
+	. .venv/bin/activate && $(PIN) $(UP) --extra cpu --extra train --extra formats --extra otel --extra ray --extra dev -o requirements/dev.txt
+	. .venv/bin/activate && $(PIN) --extra cpu --extra train --extra formats --extra otel --extra ray --extra dev --extra bench -o requirements/bench.txt
 	. .venv/bin/activate && $(PIN) --extra cpu -c requirements/dev.txt -o requirements/cpu.txt
 	. .venv/bin/activate && $(PIN) --extra gpu -c requirements/dev.txt -o requirements/gpu.txt
 	. .venv/bin/activate && $(PIN) --extra cpu --extra train -c requirements/dev.txt -o requirements/train.txt

@@ -25,7 +25,7 @@ _SCRATCH_BYTES = 96 << 20
 _COPY_SHARE = 12  # copying keys must cost little against reading the weights, which is shared
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """A chapter to read, as far as `tokens` go, and under whose name it is kept afterwards.
 
@@ -166,7 +166,6 @@ class ChapterReader:
                 self._room(job)
         unread = [job for job in group if job.new]
         found = self._run(unread) if unread else None
-        rows = {id(job): row for row, job in enumerate(unread)}  # arrays are not compared
         for job in group:
             chapter = job.chapter
             known = chapter.states if chapter is not None else []
@@ -174,7 +173,7 @@ class ChapterReader:
             if chapter is not None and job.shared == len(known):
                 job.known = (job.shared, chapter.sums)
             if job.new and found is not None:
-                more = self._states(job, rows[id(job)], found)
+                more = self._states(job, unread.index(job), found)
                 job.states = job.states + more if more is not None else None
             self.keep(job)
 

@@ -8,9 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from feast import KafkaSource
+from feast.data_format import AvroFormat, ProtoFormat
 
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
@@ -67,11 +69,15 @@ class FeastSink:
         return self._stream("kafka_bootstrap_servers")
 
     @property
-    def value_format(self) -> str:
-        """How the view's stream source says that values are written: json, avro or proto."""
+    def value_format(self) -> tuple[Literal["json", "avro", "protobuf"], str | None]:
+        """Format of the stream source's values, and Avro's schema or Protobuf's message."""
         source = self._target.view.stream_source
-        told = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
-        return type(told).__name__.removesuffix("Format").lower() if told is not None else "json"
+        form = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
+        if isinstance(form, AvroFormat):
+            return "avro", form.schema_json or None
+        if isinstance(form, ProtoFormat):
+            return "protobuf", form.class_path or None
+        return "json", None
 
     def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.
@@ -181,7 +187,10 @@ class FeastSink:
         if rows or held or ahead:
             topic = next((tp.topic for tp in of), "")
             self.superseded += len(self._online.write(rows, topic=topic, held=held, ahead=ahead))
-            self._online.sync()  # rows survive what the offsets survive
+            if not ahead:
+                # What a power cut takes of rows, it takes of their marks: then they are published
+                # again. Without marks nobody would know.
+                self._online.sync()
 
     def _stream(self, option: str) -> str:
         source = self._target.view.stream_source

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
@@ -19,16 +18,17 @@ from rich.progress import track
 
 from llm4es.bundle import load_bundle
 from llm4es.engine import open_embedder
-from llm4es.engine.providers import Device
 from llm4es.errors import ConfigError
 from llm4es.events import Record, TopicPartition
+from llm4es.feast import FeastSink
 from llm4es.features import FeatureRow
 from llm4es.windows import Outcome
-from stream_worker.assembly import assembled_around, worker_policy
+from stream_worker.assembly import assembled_around, value_format_of, worker_policy
+from stream_worker.formats.decoding import ValueFormat
 from stream_worker.ops.buckets import BucketReader, Filled, Opener, bucket_of, fill_here
 from stream_worker.ops.ray_pool import ray_pool
 from stream_worker.settings import WorkerSettings
-from stream_worker.worker import Parts, WorkerPolicy
+from stream_worker.worker import Parts
 
 __all__ = ["Backfilled", "Engine", "backfill", "run_backfill"]
 
@@ -55,18 +55,14 @@ def run_backfill(
     settings: WorkerSettings, *, engine: Engine, actors: int | None, as_json: bool
 ) -> None:
     """Backfill the bundle's view and windows, and print what was done."""
-    policy = worker_policy(settings)
-    opener = _opener(settings.bundle, settings.device, settings.threads, policy)
-    if engine == "ray":
-        opener = _opener(settings.bundle, settings.device, 1, policy)
     bundle = load_bundle(settings.bundle)
     unused = cast("Any", None)  # the model is opened where buckets are read
     gpus = 1 if settings.device in {"cuda", "tensorrt"} else 0
-    with (
-        assembled_around(settings, bundle, lambda _: unused) as built,
-        _filling(opener, engine, actors, gpus) as fill,
-    ):
-        done = backfill(built.parts, fill)
+    with assembled_around(settings, bundle, lambda _: unused) as built:
+        form = value_format_of(settings, cast("FeastSink", built.parts.sink))
+        opener = _opener(settings, form, threads=1 if engine == "ray" else settings.threads)
+        with _filling(opener, engine, actors, gpus) as fill:
+            done = backfill(built.parts, fill)
     if as_json:
         print(msgspec.json.encode(asdict(done)).decode())  # noqa: T201 - the result
     else:
@@ -174,16 +170,13 @@ def _read_all(parts: Parts, ends: Mapping[TopicPartition, int]) -> tuple[list[li
     return [found[bucket] for bucket in sorted(found)], count
 
 
-def _opener(
-    folder: Path,
-    device: Device,
-    threads: int | None,
-    policy: WorkerPolicy,
-) -> Opener:
-    def open_reader() -> BucketReader:
+def _opener(settings: WorkerSettings, form: ValueFormat, *, threads: int | None) -> Opener:
+    folder, device, policy = settings.bundle.resolve(), settings.device, worker_policy(settings)
+
+    def open_reader() -> BucketReader:  # goes to other processes, so without the settings
         bundle = load_bundle(folder)
         embedder = open_embedder(bundle, device=device, threads=threads, cache_bytes=0)
-        return BucketReader(bundle, embedder, policy)
+        return BucketReader(bundle, embedder, policy, form)
 
     return open_reader
 

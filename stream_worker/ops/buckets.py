@@ -13,6 +13,7 @@ from llm4es.features import FeatureRow
 from llm4es.windows import Outcome, Window
 from stream_worker.embedding import BatchReader
 from stream_worker.folding import RecordFolder
+from stream_worker.formats.decoding import ValueFormat, open_decoder
 from stream_worker.ports import DeadLetter, Embedder
 from stream_worker.window_store.codec import decode_window, encode_window
 from stream_worker.worker import WorkerPolicy
@@ -49,13 +50,20 @@ class BucketReader:
     A bucket's result depends on its records alone: not on other buckets, nor on the process.
     """
 
-    def __init__(self, bundle: Bundle, embedder: Embedder, policy: WorkerPolicy) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        embedder: Embedder,
+        policy: WorkerPolicy,
+        form: ValueFormat = ValueFormat(),  # noqa: B008 - frozen
+    ) -> None:
         folder = RecordFolder(
             bundle,
             max_value_bytes=policy.max_value_bytes,
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
             deletes=policy.deletes,
+            decode=open_decoder(form),
         )
         self._reader = BatchReader(bundle, folder, embedder, max_tokens=policy.max_batch_tokens)
 

@@ -57,16 +57,14 @@ class World:
     ids: list[str]
 
     def settings(self, bundle: str = "new") -> WorkerSettings:
-        return load_settings(
-            {
-                "bundle": self.folder / bundle,
-                "feature_repo": self.repo,
-                "window_store": f"sqlite:{self.folder / 'windows.db'}",
-                "state_dir": self.folder / "state",
-                "source": "file",
-            },
-            None,
-        )
+        flags = {
+            "bundle": self.folder / bundle,
+            "feature_repo": self.repo,
+            "window_store": f"sqlite:{self.folder / 'windows.db'}",
+            "state_dir": self.folder / "state",
+            "source": "file",
+        }
+        return load_settings(flags, None)
 
     def rollout(self, **options: Any) -> Rollout:  # noqa: ANN401 - Rollout's own
         return Rollout(self.settings(), **options)
