@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import SecretStr
@@ -141,6 +141,26 @@ def compact(settings: WorkerSettings, *, as_json: _Result = False) -> None:
 
     _log_to_stderr(verbose=False)
     compact_log(settings, as_json=as_json)
+
+
+@app.command()
+@with_settings
+def backfill(
+    settings: WorkerSettings,
+    *,
+    engine: Annotated[
+        Literal["process", "ray"], typer.Option(help="This process, or Ray's actors (extra: ray)")
+    ] = "process",
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Ray's actors [default: the cluster's CPUs]")
+    ] = None,
+    as_json: _Result = False,
+) -> None:
+    """Carry a complete log into a fresh bundle's windows and rows, whole histories at once."""
+    from stream_worker.ops.backfill import run_backfill  # noqa: PLC0415 - heavy
+
+    _log_to_stderr(verbose=False)
+    run_backfill(settings, engine=engine, actors=actors, as_json=as_json)
 
 
 @app.command()

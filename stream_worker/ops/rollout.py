@@ -20,10 +20,11 @@ from llm4es.errors import BundleMismatch, ConfigError
 from llm4es.events import TopicPartition
 from llm4es.feast import Serving, ViewSpec, read_view_spec
 from stream_worker.assembly import BundleId, open_window_store
+from stream_worker.connections import kafka_settings
 from stream_worker.ops.comparison import Comparison, compare_rows, read_labels
 from stream_worker.ports import WindowStore
 from stream_worker.settings import WorkerSettings
-from stream_worker.sources.kafka_client import KafkaSettings, admin, group_members
+from stream_worker.sources.kafka_client import admin, group_members
 
 __all__ = ["Done", "Rollout", "Stage", "State"]
 
@@ -255,9 +256,8 @@ class Rollout:
     def _refuse_live(self, bundle_id: str) -> None:
         if self._settings.source == "file":
             return
-        kafka = KafkaSettings(
-            bootstrap_servers=self._settings.bootstrap_servers or self.serving.bootstrap_servers
-        )
+        servers = self._settings.bootstrap_servers or self.serving.bootstrap_servers
+        kafka = kafka_settings(self._settings, servers)
         group = f"llm4es-{self.entity}-{bundle_id}"
         with admin(kafka) as client:
             members = group_members(client, group)
