@@ -46,7 +46,7 @@ from llm4es.events import TopicPartition
 from llm4es.feast import EmbeddingReader, define, open_sink, served_view
 from llm4es.feast.definitions import ViewSpec, make_service, view_tags
 from llm4es.feast.journal import OfflineJournal
-from llm4es.feast.online import ViewTarget
+from llm4es.feast.online import ViewTarget, encode_row, encode_timestamp
 from llm4es.feast.parts import list_parts, rows_to_batch, write_parts
 from llm4es.feast.redis_rows import RedisRows
 from llm4es.features import FeatureRow
@@ -58,6 +58,7 @@ OURS = "llm4es.feast.offline_log.LogOfflineStore"
 BATCH, READ = 16, 100
 FLUSHES, FLUSHED_ROWS, ENDS = 1_000, 200, 50
 JOIN_DIM = 64
+EVENTS = TopicPartition("events", 0)  # of the marks that a worker's writes leave
 
 console = Console(stderr=True)
 Figures = dict[str, float]
@@ -147,7 +148,7 @@ def offline(folder: Path) -> tuple[Figures, Figures]:
     for number in range(FLUSHES):
         batch = rows(spec, FLUSHED_ROWS, step=number)
         first = number * FLUSHED_ROWS
-        span = {TopicPartition("events", 0): (first, first + FLUSHED_ROWS)}
+        span = {EVENTS: (first, first + FLUSHED_ROWS)}
 
         def flush(batch: list[FeatureRow] = batch, span: Any = span) -> None:  # noqa: ANN401
             journal.append(batch, span)
@@ -285,17 +286,8 @@ def redis(folder: Path) -> tuple[Figures, Figures]:
         again = [
             [replace(each, entity_id=f"raw-{each.entity_id}") for each in batch] for batch in ours
         ]
-        prepared = [
-            [
-                (
-                    encoder._key(each.entity_id),  # noqa: SLF001
-                    [item for pair in hash_of(encoder, each) for item in pair],
-                )
-                for each in batch
-            ]
-            for batch in again
-        ]
-        client: Any = Redis.from_url(server.url)
+        prepared = [[hash_of(encoder, target, each) for each in batch] for batch in again]
+        client: Any = Redis.from_url(server.url, socket_timeout=5)  # as the repository has it
 
         def raw_write(number: int) -> None:
             pipe = client.pipeline(transaction=False)
@@ -306,7 +298,7 @@ def redis(folder: Path) -> tuple[Figures, Figures]:
         push, write, raw = in_turns(
             [
                 lambda n: store.push("push", pushed[n], to=PushMode.ONLINE),
-                lambda n: sink.publish(ours[n]),
+                lambda n: sink.publish(ours[n], reached={EVENTS: n + 1}),
                 raw_write,
             ],
             repeats,
@@ -325,10 +317,13 @@ def redis(folder: Path) -> tuple[Figures, Figures]:
     } | read_figures
 
 
-def hash_of(encoder: RedisRows, each: FeatureRow) -> list[tuple[bytes, bytes]]:
-    """Fields and values of a row's hash, as ours writes them."""
-    arguments: Any = encoder._arguments(each)[3:]  # noqa: SLF001 - after seconds, nanos, ttl
-    return list(zip(arguments[::2], arguments[1::2], strict=True))
+def hash_of(encoder: RedisRows, target: ViewTarget, each: FeatureRow) -> tuple[bytes, list[bytes]]:
+    """Key of a row's hash, and its fields and values, as ours writes them."""
+    pairs = [encoder._timestamp_field, encode_timestamp(each.as_of)[2]]  # noqa: SLF001
+    values = encode_row(each, target)
+    for name, field in encoder._fields.items():
+        pairs += [field, values[name]]
+    return encoder._key(each.entity_id), pairs  # noqa: SLF001
 
 
 def reads(store: FeatureStore, ids: list[str], client: Any) -> tuple[Figures, Figures]:  # noqa: ANN401
@@ -373,7 +368,7 @@ def sqlite(folder: Path) -> tuple[Figures, Figures]:
     push, write = in_turns(
         [
             lambda n: store.push("push", pushed[n], to=PushMode.ONLINE),
-            lambda n: sink.publish(ours[n]),
+            lambda n: sink.publish(ours[n], reached={EVENTS: n + 1}),
         ],
         repeats,
     )

@@ -5,7 +5,8 @@
 Needs ../shared/data (or --data). Figures are ROC-AUC or average precision, each of the scorer that
 does better at it, LightGBM or logistic regression, on the folds and splits that come with the data:
 each is a share of what is possible, so it stands as it is among the ratios. `gender_zero_shot_auc`
-is the same model before training. Each evaluation's table is told on stderr.
+is the same model with nothing learnt from the log but its tokenizer. Each evaluation's table is
+told on stderr.
 """
 
 import json
@@ -107,7 +108,7 @@ def ratings(places: Places) -> dict[str, float]:
     folder = places.prepared("movielens-100k", "movielens")
     recipe = load_recipe("movielens")
     bundle = places.built("ratings", folder, "user", recipe)
-    untrained = recipe.changed(steps=1).model_dump()
+    untrained = recipe.changed(steps=1).model_dump() | {"start": "random"}
     untrained["training"]["learning_rate"] = 1e-12
     zero = places.built("ratings-untrained", folder, "user", Recipe.model_validate(untrained))
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -108,3 +108,6 @@ class CountEmbedder:
             np.zeros(count, np.float32),
             tuple(finished),
         )
+
+    def forget(self, entity_ids: Iterable[str]) -> None:
+        """Nothing is kept."""

@@ -4,7 +4,7 @@ import secrets
 import socket
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,8 +42,8 @@ BROKER = {
     "message.max.bytes": str(_LARGEST_RECORD),
     "replica.fetch.max.bytes": str(_LARGEST_RECORD),
 }
+_PROTOCOLS = "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT"
 _HERE = {
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     # Tests want a group that forms at once and notices a dead member within a second or two.
     "group.initial.rebalance.delay.ms": "0",
     "group.min.session.timeout.ms": "500",
@@ -59,7 +59,9 @@ class KafkaServer:
     """One Kafka node, broker and controller in one process.
 
     `properties` are added to the broker's, or replace them. Without `port` a free one is chosen at
-    the first start and kept from then on.
+    the first start and kept from then on. `listeners` (SSL, SASL_PLAINTEXT, SASL_SSL) are opened
+    beside the plain one, on ports of their own; what they need to know is in `properties`. `scram`
+    are users and their passwords, made when the folder is.
     """
 
     def __init__(
@@ -68,7 +70,11 @@ class KafkaServer:
         *,
         port: int | None = None,
         properties: Mapping[str, str] | None = None,
+        listeners: Sequence[str] = (),
+        scram: Mapping[str, str] | None = None,
     ) -> None:
+        self._listeners = dict.fromkeys(listeners, 0)
+        self._scram = dict(scram or {})
         self.folder = folder.resolve()
         self._port = port
         self._properties = dict(properties or {})
@@ -85,6 +91,10 @@ class KafkaServer:
     def bootstrap_servers(self) -> str:
         """What Kafka clients call `bootstrap_servers`."""
         return f"{LOOPBACK}:{self.port}"
+
+    def address(self, listener: str) -> str:
+        """What Kafka clients call `bootstrap_servers`, of one of the further listeners."""
+        return f"{LOOPBACK}:{self._listeners[listener]}"
 
     @property
     def log(self) -> Path:
@@ -157,11 +167,17 @@ class KafkaServer:
 
     def _configure(self, port: int) -> Path:
         controller = free_port(but=[port])
+        for name, known in self._listeners.items():
+            taken = [port, controller, *self._listeners.values()]
+            self._listeners[name] = known or free_port(but=taken)
+        more = "".join(f",{name}://{self.address(name)}" for name in self._listeners)
+        protocols = "".join(f",{name}:{name}" for name in self._listeners)
         properties = {
             **BROKER,
             **_HERE,
-            "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller}",
-            "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port}",
+            "listener.security.protocol.map": _PROTOCOLS + protocols,
+            "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller}{more}",
+            "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port}{more}",
             "controller.quorum.voters": f"1@{LOOPBACK}:{controller}",
             "log.dirs": str(self._meta.parent),
             **self._properties,
@@ -174,6 +190,8 @@ class KafkaServer:
         # No dash in front: the tool would take the id for an option.
         cluster_id = "K" + secrets.token_urlsafe(16)[1:]
         tool = [*java_command(jars), "kafka.tools.StorageTool", "format", "--ignore-formatted"]
+        for name, password in self._scram.items():
+            tool += ["--add-scram", f"SCRAM-SHA-512=[name={name},password={password}]"]
         done = subprocess.run(
             [*tool, "-t", cluster_id, "-c", str(configuration)],
             check=False,

@@ -1,6 +1,7 @@
 """Redis, as a child process."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -10,7 +11,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from dev.processes import LOOPBACK, ServerFailed, ServerProcess, on_a_free_port
+from dev.certificates import Certificates
+from dev.processes import LOOPBACK, ServerFailed, ServerProcess, free_port, on_a_free_port
 
 __all__ = ["RedisServer"]
 
@@ -22,7 +24,8 @@ class RedisServer:
 
     With "everysec" a killed *machine* loses up to a second, a killed process nothing it
     acknowledged; with "none" every restart loses all. Without `port` a free one is chosen at the
-    first start and kept from then on.
+    first start and kept from then on. With `certificates` it listens with TLS as well, on a port of
+    its own; `users` are further ACL rules by name, as `on >PASSWORD ~* +@all`.
     """
 
     def __init__(
@@ -31,7 +34,12 @@ class RedisServer:
         *,
         port: int | None = None,
         persistence: Literal["always", "everysec", "none"] = "everysec",
+        certificates: Certificates | None = None,
+        users: Mapping[str, str] | None = None,
     ) -> None:
+        self._certificates = certificates
+        self._users = dict(users or {})
+        self._tls_port = 0
         self.folder = folder.resolve()
         self._port = port
         self._persistence = persistence
@@ -53,6 +61,11 @@ class RedisServer:
     def url(self) -> str:
         """redis://HOST:PORT; put /N behind it for another database than 0."""
         return f"redis://{self.address}"
+
+    @property
+    def tls_address(self) -> str:
+        """HOST:PORT where it speaks TLS."""
+        return f"{LOOPBACK}:{self._tls_port}"
 
     @property
     def log(self) -> Path:
@@ -120,7 +133,22 @@ class RedisServer:
         else:
             persistence = ["--appendonly", "yes", "--appendfsync", self._persistence]
         # No snapshots beside the append-only file: what a restart brings back is one thing.
-        return [program, "--daemonize", "no", *listening, *persistence, "--save", ""]
+        settings = [*listening, *self._encrypted(port), *persistence, "--save", ""]
+        for name, rules in self._users.items():
+            settings += ["--user", name, *rules.split()]
+        return [program, "--daemonize", "no", *settings]
+
+    def _encrypted(self, port: int) -> list[str]:
+        if self._certificates is None:
+            return []
+        self._tls_port = self._tls_port or free_port(but=[port])
+        return [
+            "--tls-port", str(self._tls_port),
+            "--tls-cert-file", str(self._certificates.certificate),
+            "--tls-key-file", str(self._certificates.key),
+            "--tls-ca-cert-file", str(self._certificates.ca),
+            "--tls-auth-clients", "no",
+        ]  # fmt: skip
 
     def _answers(self, port: int) -> bool:
         client = Redis(

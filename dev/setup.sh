@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes this checkout runnable: `sh dev/setup.sh train` for the demo, `sh dev/setup.sh dev` for
-# tests as well. Run again it does only what is missing, so that make may call it every time.
+# tests as well, `sh dev/setup.sh bench` for whom benchmarks compare with. Run again it does only
+# what is missing, so that make may call it every time.
 set -eu
 
 want=${1:-dev}
@@ -20,8 +21,8 @@ hash_of() {
 }
 
 case $want in
-dev | train) ;;
-*) stop "usage: sh dev/setup.sh train|dev" ;;
+dev | train | bench) ;;
+*) stop "usage: sh dev/setup.sh train|dev|bench" ;;
 esac
 
 # 1. A Python. A name on the PATH may be a shim of pyenv's that refuses to run: so ask it.
@@ -55,7 +56,8 @@ if [ -n "${PIP_INDEX_URL:-}" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" 
     export UV_DEFAULT_INDEX="$PIP_INDEX_URL"
 fi
 
-# 3. The environment. `dev` holds all that `train` does: what has it keeps it.
+# 3. The environment. `dev` holds all that `train` does: what has it keeps it. `bench` holds more,
+# which goes again when something else is asked for.
 if [ -e $venv ] && ! new_enough $venv/bin/python; then
     say "$venv has no working Python 3.11 or newer: making it anew"
     rm -rf $venv
@@ -68,7 +70,7 @@ else
     [ ! -x $venv/bin/pytest ] || has=dev # made by hand
 fi
 want_env=$want
-[ "$has" != dev ] || want_env=dev
+[ "$has $want" != "dev train" ] || want_env=dev
 now=$(hash_of requirements/$want_env.txt)
 if [ "$has $had" != "$want_env $now" ]; then
     say "installing requirements/$want_env.txt into $venv"
@@ -79,7 +81,7 @@ if [ "$has $had" != "$want_env $now" ]; then
     echo "$root" >"$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm4es.pth"
     echo "$want_env $now" >$stamp
 fi
-[ "$want" = dev ] || exit 0
+[ "$want" != train ] || exit 0
 
 # 4. What tests need of the system: Redis, and Maven for Kafka's jars.
 missing=

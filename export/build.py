@@ -34,7 +34,7 @@ from export.corpus import (
 from export.enriched import EnrichedTexts, read_enriched
 from export.finetune import Trained, mean_nats, train
 from export.parity import measure_parity, random_chapters, refuse_disparity
-from export.pooling import export_opened, header_sums, resolve_pooling
+from export.pooling import export_bundled, header_sums, resolve_pooling
 from export.projection import learn_projection
 from export.readers import Reader, open_reader
 from export.recipe import Recipe, in_utc
@@ -145,9 +145,8 @@ def build_bundle(request: Request, console: Console) -> Built:
         )
         pooling = resolve_pooling(recipe.pooling, reader.model)
         with console.status("exporting to ONNX, comparing with transformers"):
-            graphs = export_opened(
-                folder, reader.model, pooling, surprise=recipe.surprise is not None
-            )
+            surprise = recipe.surprise is not None
+            graphs = export_bundled(folder, reader.model, pooling, surprise=surprise)
             parity = measure_parity(
                 graphs, reader.model, pooling, _parity_chapters(reader, corpus, recipe)
             )

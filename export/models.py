@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 BEGIN = "<|begin|>"
 _UNKNOWN_LICENCE = "see base model"
 _ROUND_POSITIONS = 64
+_RANDOM_SHARE = 0.3  # of a new model's random start that is left beside the SVD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +142,9 @@ def start_from_counts(
 ) -> None:
     """Start token embeddings from what entities use: the SVD of their TF-IDF weighted counts.
 
-    `histories` are token ids (T,) of one entity each. Worth two epochs for a second of work
-    (docs/method.md).
+    `histories` are token ids (T,) of one entity each. Components are weighed by their singular
+    values and then rotated at random: who standardises features, as most downstream models do,
+    would else make the last component as loud as the first (docs/method.md has the numbers).
     """
     table: Any = model.get_input_embeddings().weight
     vocabulary, width = table.shape
@@ -156,12 +158,16 @@ def start_from_counts(
     weighed = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
     with np.errstate(invalid="ignore"):  # a share of no variance, where all entities are alike
         svd = TruncatedSVD(components, random_state=seed).fit(weighed)
-    found = svd.components_.T * np.sqrt(svd.singular_values_)  # (vocabulary, components)
+    found = np.zeros((vocabulary, width))
+    found[:, :components] = svd.components_.T * svd.singular_values_
+    rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))
+    found = found @ rotation
     spread = float(table.detach().std())
     with torch.no_grad():
-        # On top of the random start: a vector near zero, of a rare token, has an enormous gradient
-        # behind a norm.
-        table[:, :components] += torch.from_numpy(found * (spread / found.std())).to(table.dtype)
+        # Some of the random start stays: a vector near zero, of a rare token, has an enormous
+        # gradient behind a norm.
+        table *= _RANDOM_SHARE
+        table += torch.from_numpy(found * (spread / found.std())).to(table.dtype)
 
 
 def load_pretrained(source: str) -> Pretrained:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,11 +26,11 @@ from llm4es.bundle import (
 )
 from llm4es.engine import default_threads
 from llm4es.engine.reading import ChapterGraph, read_whole
-from llm4es.engine.session import open_cpu_graphs
+from llm4es.engine.session import OnnxGraph, open_cpu_graphs
 from llm4es.errors import ConfigError
 from llm4es.features import HEADER_STATES, HEADER_TOKENS
 
-__all__ = ["export_opened", "header_sums", "repool", "resolve_pooling"]
+__all__ = ["export_bundled", "header_sums", "repool", "resolve_pooling"]
 
 _MODEL = "model"
 
@@ -57,10 +56,10 @@ def resolve_pooling(pooled: Pooled, model: PreTrainedModel) -> Pooling:
     )
 
 
-def export_opened(
+def export_bundled(
     folder: Path, model: PreTrainedModel, pooling: Pooling, *, surprise: bool
-) -> Mapping[str, ChapterGraph]:
-    """Write a bundle's graphs into its folder, and open each, by its name in the bundle."""
+) -> dict[str, OnnxGraph]:
+    """Write every graph into a bundle's folder, and open them on the CPU, by name."""
     export_graphs(model, pooling, folder, surprise=surprise)
     return open_cpu_graphs(folder, threads=default_threads())
 
@@ -90,7 +89,7 @@ def repool(source: Path, pooled: Pooled, out: Path) -> Bundle:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, out / name)
     shutil.copytree(source / _MODEL, out / _MODEL)
-    graphs = export_opened(out, model, pooling, surprise=manifest.surprise is not None)
+    graphs = export_bundled(out, model, pooling, surprise=manifest.surprise is not None)
     header = bundle.tokens.header_ids
     chapters = random_chapters(
         header,

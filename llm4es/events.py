@@ -31,6 +31,7 @@ __all__ = [
     "EventKey",
     "FieldValue",
     "OffsetSpans",
+    "Origin",
     "Record",
     "TopicPartition",
     "coordinates_id",
@@ -38,6 +39,8 @@ __all__ = [
     "entity_hash",
     "entity_id_of",
     "entity_id_of_key",
+    "origin_headers",
+    "origin_of",
     "parse_document",
     "parse_event",
 ]
@@ -52,6 +55,8 @@ EARLIEST_TIME = datetime(1678, 1, 1, tzinfo=UTC)
 LATEST_TIME = datetime(2262, 1, 1, tzinfo=UTC)
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # integers that a stored window holds
 _MAX_ID_LENGTH = 512
+_MAX_DEPTH = 64
+_ORIGIN = "llm4es.origin."
 _NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 
 
@@ -85,6 +90,15 @@ class Record:
         return TopicPartition(self.topic, self.partition)
 
 
+class Origin(NamedTuple):
+    """Where a record stood first, and when that log got it: identity and time of what it says."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: datetime | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One user action, validated; nothing downstream re-checks it."""
@@ -106,20 +120,78 @@ def coordinates_id(topic: str, partition: int, offset: int) -> str:
     return f"{topic}/{partition:010d}/{offset:019d}"
 
 
+def origin_of(record: Record) -> Origin:
+    """Read the origin that `repartition` noted in a record's headers; else the record itself is.
+
+    Raises InvalidEvent for headers that are not as `origin_headers` writes them.
+    """
+    found = {
+        name.removeprefix(_ORIGIN): value
+        for name, value in record.headers
+        if name.startswith(_ORIGIN)
+    }
+    if not found:
+        return Origin(record.topic, record.partition, record.offset, record.timestamp)
+    try:
+        texts = {name: (value or b"").decode() for name, value in found.items()}
+        timestamp = texts.get("timestamp_us")
+        return Origin(
+            texts["topic"],
+            int(texts["partition"]),
+            int(texts["offset"]),
+            None if timestamp is None else EPOCH + timedelta(microseconds=int(timestamp)),
+        )
+    except (KeyError, ValueError, OverflowError) as error:
+        raise InvalidEvent(
+            "headers", f"{_ORIGIN}* are not as repartition writes them ({error!r})"
+        ) from error
+
+
+def origin_headers(record: Record) -> list[tuple[str, bytes]]:
+    """Note a record's origin for the copies of it; none where it has one noted already."""
+    if any(name.startswith(_ORIGIN) for name, _ in record.headers):
+        return []
+    noted = {
+        "topic": record.topic,
+        "partition": str(record.partition),
+        "offset": str(record.offset),
+    }
+    if record.timestamp is not None:
+        noted["timestamp_us"] = str((record.timestamp - EPOCH) // timedelta(microseconds=1))
+    return [(_ORIGIN + name, text.encode()) for name, text in noted.items()]
+
+
 def entity_hash(entity_id: str) -> str:
     """Name an entity in a message or log: BLAKE2b-64 of its id in hex. Ids themselves are data."""
     return blake2b(entity_id.encode(), digest_size=8).hexdigest()
 
 
-def decode_object(value: bytes) -> dict[str, Any]:
-    """Decode one JSON object. Raises InvalidEvent for anything else."""
+def decode_object(value: bytes, *, max_depth: int = _MAX_DEPTH) -> dict[str, Any]:
+    """Decode one JSON object. Raises InvalidEvent for anything else, and for a deeper one."""
     try:
         document = msgspec.json.decode(value)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidEvent("value", f"is not JSON ({error})") from error
     if not isinstance(document, dict):
         raise InvalidEvent("value", f"is JSON, but no object: {type(document).__name__}")
+    # What has so few brackets, and most records do, cannot be deeper.
+    if value.count(b"{") + value.count(b"[") > max_depth and _is_deeper(document, max_depth):
+        raise InvalidEvent("value", f"is nested deeper than {max_depth} levels")
     return document
+
+
+def _is_deeper(document: dict[str, Any], max_depth: int) -> bool:
+    level: list[Any] = [document]
+    for _ in range(max_depth):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def entity_id_of(document: Mapping[str, Any], field: str) -> str:
@@ -159,8 +231,8 @@ def parse_document(
 ) -> Event:
     """Turn a record that is decoded already into an event, by the rules of `parse_event`.
 
-    Values are those of JSON; where the schema awaits ISO 8601 text, a `datetime` does as well,
-    as columnar files hold it (without a zone it is UTC).
+    Values are those of JSON; where the schema awaits a time, in whatever format, a `datetime` does
+    as well, as columnar files and Avro hold it (without a zone it is UTC).
     """
     entity_id = entity_id_of(document, schema.entity(entity).field)
     event_type = _event_type(document, schema)
@@ -209,7 +281,8 @@ def _event_time(document: Mapping[str, Any], spec: EventTime) -> datetime:
     if raw is None:
         raise InvalidEvent(spec.field, "the event time is missing")
     try:
-        moment = _from_iso(raw) if spec.format == "iso8601" else _from_epoch(raw, spec.unit)
+        is_read = isinstance(raw, datetime) or spec.format == "iso8601"
+        moment = _from_iso(raw) if is_read else _from_epoch(raw, spec.unit)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidEvent(spec.field, f"is no {spec.format} time ({error})") from error
     if not EARLIEST_TIME <= moment < LATEST_TIME:

@@ -25,6 +25,9 @@ HEADER_STATES = "header.states"  # (state_dim,) summed over the header's tokens
 HEADER_TOKENS = "header.tokens"  # (1,) how many they are
 PROJECTION_MEAN = "projection.mean"
 PROJECTION_MATRIX = "projection.matrix"
+# Mean and standard deviation over held-out entities, for drift: (2, dim) and (2, columns).
+SNAPSHOT_EMBEDDING = "snapshot.embedding"
+SNAPSHOT_SURPRISE = "snapshot.surprise"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

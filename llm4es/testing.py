@@ -127,6 +127,9 @@ class LengthEmbedder:
             tuple(finished),
         )
 
+    def forget(self, entity_ids: Iterable[str]) -> None:
+        """Nothing is kept."""
+
 
 class PoisonedEmbedder:
     """An embedder whose output is not finite for the windows that it is told of."""
@@ -146,6 +149,10 @@ class PoisonedEmbedder:
         if rows:
             raise NonFiniteEmbedding(rows)
         return self._embedder.embed(windows)
+
+    def forget(self, entity_ids: Iterable[str]) -> None:
+        """Drop what the embedder keeps of these entities."""
+        self._embedder.forget(entity_ids)
 
 
 class ScriptedLog:

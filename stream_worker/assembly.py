@@ -14,7 +14,9 @@ from llm4es.deletion import DeletionKey
 from llm4es.engine import open_embedder
 from llm4es.errors import ConfigError
 from llm4es.feast import FeastSink, open_sink
+from stream_worker.connections import kafka_settings, value_format
 from stream_worker.dead_letters import FileDeadLetters, KafkaDeadLetters
+from stream_worker.formats.decoding import Decode, ValueFormat, open_decoder
 from stream_worker.health import serve_health
 from stream_worker.log_checks import (
     refuse_changed_log,
@@ -22,19 +24,30 @@ from stream_worker.log_checks import (
     refuse_other_topic,
 )
 from stream_worker.metrics import Metrics
+from stream_worker.ops.snapshot import restore_snapshot
 from stream_worker.ports import DeadLetters, Embedder, RecordSource, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
-from stream_worker.sources.kafka_client import KafkaSettings
+from stream_worker.tracing import tracing
 from stream_worker.window_store.redis import RedisWindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
-__all__ = ["Assembled", "assembled", "assembled_around", "open_window_store"]
+__all__ = [
+    "Assembled",
+    "BundleId",
+    "assembled",
+    "assembled_around",
+    "deletion_key_of",
+    "open_window_store",
+    "value_format_of",
+    "worker_policy",
+]
 
 log = logging.getLogger(__name__)
 
+_JOIN_WAIT_MS = 5_000  # a stop waits so long at most
 _SAMPLE = 50  # records per partition that are looked at before the topic is trusted
 
 
@@ -75,7 +88,8 @@ def assembled(settings: WorkerSettings) -> Iterator[Assembled]:
 
     with (
         ExitStack() as stack,
-        assembled_around(settings, load_bundle(settings.bundle), open_model) as built,
+        tracing(settings.trace_endpoint) as traced,
+        assembled_around(settings, load_bundle(settings.bundle), open_model, wrap=traced) as built,
     ):
         yield built
 
@@ -100,14 +114,19 @@ def assembled_around(
             writer_id=f"{socket.gethostname()}-{os.getpid()}",
             roll_rows=settings.journal_roll_rows,
             roll_s=settings.journal_roll_s,
-            deletion_key=_deletion_key(settings),
+            deletion_key=deletion_key_of(settings),
             deletion_guard_s=settings.deletion_guard_s,
         )
         stack.callback(sink.close)
         store = open_window_store(settings, bundle)
         stack.callback(store.close)
+        if settings.from_snapshot is not None:
+            restore_snapshot(
+                settings.from_snapshot, store, bundle.id, deletion_key=deletion_key_of(settings)
+            )
         source, dead_letters = _open_log(settings, bundle, sink, stack)
-        _refuse_unfit_log(source, store, bundle)
+        decode = open_decoder(value_format_of(settings, sink))
+        _refuse_unfit_log(source, store, bundle, decode)
         parts = wrap(
             Parts(
                 bundle=bundle,
@@ -117,9 +136,10 @@ def assembled_around(
                 sink=sink,
                 dead_letters=dead_letters,
                 metrics=Metrics(),
+                decode=decode,
             )
         )
-        worker = Worker(parts, _policy(settings))
+        worker = Worker(parts, worker_policy(settings))
         if settings.metrics_port is not None:
             patience_s = settings.max_poll_interval_ms / 1000
             server = serve_health(
@@ -133,8 +153,15 @@ def assembled_around(
         yield Assembled(worker, parts)
 
 
+@dataclass(frozen=True, slots=True)
+class BundleId:
+    """A bundle of which no more is at hand than its id."""
+
+    id: str
+
+
 def open_window_store(
-    settings: WorkerSettings, bundle: Bundle, *, read_only: bool = False
+    settings: WorkerSettings, bundle: Bundle | BundleId, *, read_only: bool = False
 ) -> WindowStore:
     """Open the store a URL names. Raises ConfigError, SinkUnavailable.
 
@@ -147,10 +174,10 @@ def open_window_store(
             Path(rest.removeprefix("//")),
             bundle.id,
             read_only=read_only,
-            deletion_key=_deletion_key(settings),
+            deletion_key=deletion_key_of(settings),
         )
     if scheme in {"redis", "rediss", "unix"}:
-        return RedisWindowStore(url, bundle.id, deletion_key=_deletion_key(settings))
+        return RedisWindowStore(url, bundle.id, deletion_key=deletion_key_of(settings))
     raise ConfigError(
         "window_store",
         "its scheme is none of sqlite, redis, rediss and unix",
@@ -177,13 +204,14 @@ def _open_log(
         stack.callback(source.close)
         stack.callback(letters.close)
         return source, letters
-    kafka = KafkaSettings(bootstrap_servers=settings.bootstrap_servers or sink.bootstrap_servers)
+    kafka = kafka_settings(settings, settings.bootstrap_servers or sink.bootstrap_servers)
     topic = settings.topic or sink.topic
     group = KafkaGroup(
         settings.group or f"llm4es-{bundle.manifest.entity}-{bundle.id}",
         session_timeout_ms=settings.session_timeout_ms,
         max_poll_interval_ms=settings.max_poll_interval_ms,
         instance_id=settings.group_instance_id,
+        join_wait_ms=_JOIN_WAIT_MS,
     )
     source = KafkaRecordSource(kafka, topic, group)
     stack.callback(source.close)
@@ -195,20 +223,31 @@ def _open_log(
     return source, letters
 
 
-def _refuse_unfit_log(source: RecordSource, store: WindowStore, bundle: Bundle) -> None:
+def value_format_of(settings: WorkerSettings, sink: FeastSink) -> ValueFormat:
+    """How the log's values are written."""
+    if settings.source == "file":  # its lines are JSON, and its columns are made so
+        return ValueFormat(max_depth=settings.max_json_depth)
+    return value_format(settings, *sink.value_format)
+
+
+def _refuse_unfit_log(
+    source: RecordSource, store: WindowStore, bundle: Bundle, decode: Decode
+) -> None:
     description = source.describe()
     topic = description.identity.topic
     refuse_other_topic(topic, store.topics())
     refuse_changed_log(description, store.identity(topic))
-    refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity)
+    refuse_foreign_keys(source.sample(_SAMPLE), bundle.schema, bundle.manifest.entity, decode)
 
 
-def _deletion_key(settings: WorkerSettings) -> DeletionKey | None:
+def deletion_key_of(settings: WorkerSettings) -> DeletionKey | None:
+    """Key of what deletion leaves, where the settings name one."""
     secret = settings.deletion_key
     return None if secret is None else DeletionKey(secret.get_secret_value())
 
 
-def _policy(settings: WorkerSettings) -> WorkerPolicy:
+def worker_policy(settings: WorkerSettings) -> WorkerPolicy:
+    """How a worker goes about its batches, as the settings say."""
     keeps_timestamps = settings.source == "kafka" or settings.recorded_at_field is not None
     delay = timedelta(milliseconds=settings.availability_delay_ms)
     return WorkerPolicy(

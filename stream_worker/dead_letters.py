@@ -20,6 +20,7 @@ from stream_worker.sources.kafka_client import (
     KafkaProducer,
     KafkaSettings,
     admin,
+    connecting,
     topic_configs,
     translate,
 )
@@ -54,7 +55,7 @@ class KafkaDeadLetters:
         self._topic = topic
         self._source_topic = source_topic
         self._largest = _refuse_small_topic(settings, topic, source_topic)
-        try:
+        with connecting(settings):
             self._producer = KafkaProducer(
                 **settings.client_config(),
                 acks="all",
@@ -67,8 +68,6 @@ class KafkaDeadLetters:
                 max_request_size=_LARGEST_LETTER_BYTES + _OVERHEAD_BYTES,
                 metrics_enabled=False,
             )
-        except KafkaError as error:
-            raise translate(error) from error
 
     def park(self, letters: Sequence[DeadLetter]) -> None:
         """Send, and wait until the brokers have them all."""

@@ -13,10 +13,13 @@ from llm4es.events import (
     Record,
     TopicPartition,
     coordinates_id,
+    decode_object,
     entity_id_of_key,
-    parse_event,
+    origin_of,
+    parse_document,
 )
 from llm4es.windows import Outcome, Window, bury, fold
+from stream_worker.formats.decoding import Decode
 from stream_worker.ports import DeadLetter
 
 __all__ = ["Coordinates", "Folding", "RecordFolder", "coordinates_of"]
@@ -75,12 +78,14 @@ class RecordFolder:
         availability_delay: timedelta | None,
         every_event: bool,
         deletes: bool = False,
+        decode: Decode = decode_object,
     ) -> None:
         self._bundle = bundle
         self._max_value_bytes = max_value_bytes
         self._availability_delay = availability_delay
         self._every_event = every_event
         self._deletes = deletes
+        self._decode = decode
 
     def fold(
         self,
@@ -171,19 +176,20 @@ class RecordFolder:
             raise InvalidEvent(
                 "value", f"{len(record.value)} bytes, max_value_bytes is {self._max_value_bytes}"
             )
-        event = parse_event(
-            record.value,
+        event = parse_document(
+            self._decode(record.value),
             self._bundle.schema,
             entity=self._bundle.manifest.entity,
-            coordinates=coordinates_id(record.topic, record.partition, record.offset),
+            coordinates=coordinates_id(*origin_of(record)[:3]),
         )
         if record.key != event.entity_id.encode():
             raise InvalidEvent("key", "is not the entity's id in UTF-8")
         return event
 
     def _recorded_at(self, record: Record, event: Event | None) -> datetime:
-        if record.timestamp is not None:
-            return record.timestamp
+        timestamp = origin_of(record).timestamp
+        if timestamp is not None:
+            return timestamp
         if self._availability_delay is None or event is None:
             raise InvalidEvent("timestamp", "the record has none, or one that is no time")
         return event.occurred_at + self._availability_delay

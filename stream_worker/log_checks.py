@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from llm4es.errors import BundleMismatch, InvalidEvent
 from llm4es.events import Record, TopicPartition, decode_object, entity_id_of
 from llm4es.schema import EventSchema
+from stream_worker.formats.decoding import Decode
 from stream_worker.ports import LogDescription, LogIdentity
 
 __all__ = [
@@ -121,7 +122,9 @@ def start_positions(
     return positions
 
 
-def refuse_foreign_keys(records: Sequence[Record], schema: EventSchema, entity: str) -> None:
+def refuse_foreign_keys(
+    records: Sequence[Record], schema: EventSchema, entity: str, decode: Decode = decode_object
+) -> None:
     """Refuse a topic that is keyed by something else than this entity's id in UTF-8.
 
     Judged on a sample, by its majority: ids of two entities coincide now and then, and single
@@ -131,7 +134,7 @@ def refuse_foreign_keys(records: Sequence[Record], schema: EventSchema, entity: 
     keyed = foreign = 0
     for record in records:
         try:
-            entity_id = entity_id_of(decode_object(record.value or b""), field)
+            entity_id = entity_id_of(decode(record.value or b""), field)
         except InvalidEvent:
             continue
         if record.key == entity_id.encode():

@@ -174,6 +174,10 @@ class WindowStore(Protocol):
         """Give every window of these partitions, in no order; it looks at all there are."""
         ...
 
+    def has_deleted(self) -> bool:
+        """Whether it keeps what is left of deleted entities, which no scan gives."""
+        ...
+
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
         ...
@@ -214,6 +218,10 @@ class Embedder(Protocol):
 
         Row i is window i's. Raises NonFiniteEmbedding naming the rows.
         """
+        ...
+
+    def forget(self, entity_ids: Iterable[str]) -> None:
+        """Drop what is kept of these entities: they are deleted."""
         ...
 
 

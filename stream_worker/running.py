@@ -2,13 +2,11 @@
 
 import gc
 import logging
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from types import FrameType
 
 import msgspec
 from rich.console import Console
@@ -19,8 +17,9 @@ from llm4es.errors import LLM4ESError
 from stream_worker.assembly import Assembled, assembled
 from stream_worker.metrics import Summary
 from stream_worker.settings import WorkerSettings
+from stream_worker.stopping import stopping_on_signals
 
-__all__ = ["run_worker", "summary_table"]
+__all__ = ["relax_gc", "run_worker", "summary_table"]
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +30,9 @@ def run_worker(settings: WorkerSettings, *, live: bool, as_json: bool) -> None:
     """Run until SIGTERM, SIGINT or the log's end; print what was done to stdout."""
     started = time.monotonic()
     with assembled(settings) as parts:
-        _relax_gc()
+        relax_gc()
         log.info("ready")
-        with _stopping_on_signals(parts.worker.stop), _display(parts, live=live) as on_batch:
+        with stopping_on_signals(parts.worker.stop), _display(parts, live=live) as on_batch:
             parts.worker.run(on_batch)
         summary = parts.parts.metrics.summary()
     elapsed_s = time.monotonic() - started
@@ -63,7 +62,7 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def _relax_gc() -> None:
+def relax_gc() -> None:
     """Leave what was made so far alone, and look through the rest seldom.
 
     Windows are many small objects without cycles: looking through them costs a third of the time
@@ -71,21 +70,6 @@ def _relax_gc() -> None:
     """
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
-
-
-@contextmanager
-def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the loop after the batch under way."""
-
-    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

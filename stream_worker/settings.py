@@ -14,6 +14,9 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError
 
+from stream_worker.formats.decoding import FormatName
+from stream_worker.sources.kafka_security import Mechanism, Protocol
+
 __all__ = ["ENV_PREFIX", "SettingsProblem", "WorkerSettings", "load_settings"]
 
 ENV_PREFIX = "LLM4ES_"
@@ -45,6 +48,16 @@ class WorkerSettings(BaseSettings):
     bootstrap_servers: str | None = Field(
         None, description="Kafka's brokers; the feature view's source names them by default"
     )
+    security_protocol: Protocol = Field("PLAINTEXT", description="How Kafka is spoken to")
+    sasl_mechanism: Mechanism | None = Field(None, description="How we say who we are to Kafka")
+    sasl_username: str | None = Field(None, description="Who we are to Kafka")
+    sasl_password: SecretStr | None = Field(None, description="Kafka's password of sasl_username")
+    ssl_ca_file: Path | None = Field(
+        None, description="PEM file that vouches for Kafka [default: the system's authorities]"
+    )
+    ssl_cert_file: Path | None = Field(None, description="PEM file of our certificate for Kafka")
+    ssl_key_file: Path | None = Field(None, description="PEM file of its key")
+    ssl_key_password: SecretStr | None = Field(None, description="What ssl_key_file is locked with")
     topic: str | None = Field(
         None, description="Topic of events; the feature view's source names it by default"
     )
@@ -54,6 +67,24 @@ class WorkerSettings(BaseSettings):
     session_timeout_ms: int = Field(10_000, ge=1, description="Kafka's session timeout")
     max_poll_interval_ms: int = Field(300_000, ge=1, description="Longest time between two polls")
 
+    value_format: FormatName | None = Field(
+        None, description="How values are written; the feature view's source says so by default"
+    )
+    value_schema: Path | None = Field(
+        None, description="Avro: an .avsc file; Protobuf: what --descriptor_set_out of protoc made"
+    )
+    value_message: str | None = Field(None, description="Protobuf: full name of the message")
+    schema_registry_url: str | None = Field(
+        None, description="Schema registry; with one, values are framed as Confluent's clients do"
+    )
+    schema_registry_user: str | None = Field(None, description="Who we are to the registry")
+    schema_registry_password: SecretStr | None = Field(
+        None, description="The registry's password of schema_registry_user"
+    )
+    schema_registry_ca_file: Path | None = Field(
+        None, description="PEM file that vouches for the registry"
+    )
+    max_json_depth: int = Field(64, ge=1, description="JSON that is nested deeper is a bad record")
     events: Path | None = Field(None, description="Event log (.jsonl, .parquet) of --source file")
     partitions: int = Field(4, ge=1, description="Partitions the file is read as")
     recorded_at_field: str | None = Field(
@@ -75,6 +106,9 @@ class WorkerSettings(BaseSettings):
     )
     deletion_guard_s: float = Field(
         7 * 86_400.0, gt=0, description="How long a deleted entity's timestamp stays online"
+    )
+    from_snapshot: Path | None = Field(
+        None, description="Snapshot that a fresh window store is filled from"
     )
     state_dir: Path = Field(
         Path("build/state"), description="Folder of dead-letters.jsonl, with --source file"
@@ -121,6 +155,9 @@ class WorkerSettings(BaseSettings):
     kv_spill_bytes: int = Field(16 << 30, ge=0, description="Most that is written there")
     metrics_port: int | None = Field(
         None, ge=1, le=65_535, description="Serve Prometheus metrics here"
+    )
+    trace_endpoint: str | None = Field(
+        None, description="Send traces of batches here by OTLP over HTTP (extra: otel)"
     )
 
     @classmethod

@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 
 from llm4es.bundle import Bundle
 from llm4es.errors import Fenced, SinkUnavailable, SourceUnavailable, StoreLost
-from llm4es.events import Record, TopicPartition
+from llm4es.events import Record, TopicPartition, decode_object
 from stream_worker.embedding import BatchReader
 from stream_worker.folding import RecordFolder
+from stream_worker.formats.decoding import Decode
 from stream_worker.metrics import Metrics
 from stream_worker.patience import Patience
 from stream_worker.placing import Places
@@ -34,6 +35,7 @@ class Parts:
     sink: FeatureSink
     dead_letters: DeadLetters
     metrics: Metrics
+    decode: Decode = decode_object  # values of records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,7 @@ class Worker:
         self._source = parts.source
         self._store = parts.store
         self._sink = parts.sink
+        self._embedder = parts.embedder
         self._dead_letters = parts.dead_letters
         self._metrics = parts.metrics
         self._policy = policy
@@ -79,6 +82,7 @@ class Worker:
             availability_delay=policy.availability_delay,
             every_event=policy.every_event,
             deletes=policy.deletes,
+            decode=parts.decode,
         )
         self._reader = BatchReader(
             parts.bundle,
@@ -150,8 +154,9 @@ class Worker:
             batch = self._reader.read(records, lambda ids: self._hot.load(ids, txn))
             read_at = time.monotonic()
             if tombstones := list(batch.folding.tombstones.values()):
-                # before what came after
+                # Before what came after it.
                 self._patience.with_(lambda: self._sink.delete(tombstones))
+                self._embedder.forget(each.entity_id for each in tombstones)
             self._patience.with_(lambda: self._sink.journal(batch.rows, _spans(records)))
             self._patience.with_(  # 1. publish: offline first, then online
                 lambda: self._sink.publish(

@@ -12,6 +12,7 @@ from textwrap import dedent
 import numpy as np
 import pandas as pd
 from feast import FeatureStore
+from feast.data_format import StreamFormat
 from numpy.typing import NDArray
 
 from llm4es.bundle import Manifest, Pooling, SurpriseSpec, Training
@@ -108,7 +109,13 @@ def make_repo(
     return folder
 
 
-def apply(repo: Path, spec: ViewSpec, *, ttl: timedelta | None = None) -> FeatureStore:
+def apply(
+    repo: Path,
+    spec: ViewSpec,
+    *,
+    ttl: timedelta | None = None,
+    message_format: StreamFormat | None = None,
+) -> FeatureStore:
     """Register a bundle's view from here: as `feast apply` does, without starting Python anew."""
     store = FeatureStore(repo_path=str(repo))
     definitions = define(
@@ -117,6 +124,7 @@ def apply(repo: Path, spec: ViewSpec, *, ttl: timedelta | None = None) -> Featur
         bootstrap_servers="localhost:9092",
         offline_path="data/offline",
         ttl=ttl,
+        message_format=message_format,
     )
     with warnings.catch_warnings():  # Feast calls stream feature views experimental
         warnings.simplefilter("ignore", RuntimeWarning)

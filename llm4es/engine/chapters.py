@@ -25,7 +25,7 @@ _SCRATCH_BYTES = 96 << 20
 _COPY_SHARE = 12  # copying keys must cost little against reading the weights, which is shared
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """A chapter to read, as far as `tokens` go, and under whose name it is kept afterwards.
 

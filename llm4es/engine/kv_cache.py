@@ -120,7 +120,7 @@ class KeysValues:
         ).reshape(*shape[:2], capacity if scales else 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EventState:
     """What one event adds to its chapter's sums, and where the model stood behind it."""
 
@@ -130,7 +130,7 @@ class EventState:
     surprise: EventSurprise | None  # of this event alone: (1, T)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class OpenChapter:
     """A chapter as far as it was read: its tokens, and states and sums after its events."""
 
@@ -295,7 +295,7 @@ class _Spill:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Spilled:
     chapter: OpenChapter
     path: Path

@@ -1,5 +1,6 @@
 """The Feast plugin: the only part that imports Feast."""
 
+from llm4es.feast.auditing import offline_entities, offline_rows
 from llm4es.feast.compaction import Compaction, compact_view
 from llm4es.feast.definitions import (
     Definitions,
@@ -19,6 +20,7 @@ from llm4es.feast.embedding_reader import (
 from llm4es.feast.online_reader import OnlineReader, open_reader
 from llm4es.feast.reader import read_as_of
 from llm4es.feast.services import bundle_views, drop_view, served_view, switch_service
+from llm4es.feast.serving import Serving
 from llm4es.feast.sink import FeastSink, open_sink
 from llm4es.feast.training import EntityFeatures, TrainingSet, training_frame
 
@@ -30,6 +32,7 @@ __all__ = [
     "EntityFeatures",
     "FeastSink",
     "OnlineReader",
+    "Serving",
     "Status",
     "TrainingSet",
     "ViewSpec",
@@ -38,6 +41,8 @@ __all__ = [
     "define",
     "define_all",
     "drop_view",
+    "offline_entities",
+    "offline_rows",
     "open_embedding_reader",
     "open_reader",
     "open_sink",

@@ -23,7 +23,7 @@ from feast import (
     KafkaSource,
     StreamFeatureView,
 )
-from feast.data_format import JsonFormat, ParquetFormat
+from feast.data_format import JsonFormat, ParquetFormat, StreamFormat
 from feast.types import Array, FeastType, Float32, Int64, String, UnixTimestamp
 from feast.value_type import ValueType
 from pydantic import ValidationError
@@ -131,6 +131,7 @@ def define(
     offline_path: str,
     watermark_s: float | None = None,
     ttl: timedelta | None = None,
+    message_format: StreamFormat | None = None,
 ) -> Definitions:
     """Define entity, source, view and service of one bundle.
 
@@ -138,7 +139,9 @@ def define(
     a relative one is relative to the feature repository, wherever a reader runs. `watermark_s`
     is how late an event may come; by default what the bundle's windows allow, which is what
     counts. `ttl` bounds point-in-time joins; without it rows are valid for ever. Online, Feast
-    enforces none; `EmbeddingReader` does.
+    enforces none; `EmbeddingReader` does. `message_format` is how values of the topic are written,
+    as the worker reads them: JSON by default, `AvroFormat(schema_json=...)`, or `ProtoFormat` with
+    the full name of a message as its class path.
 
     Applied by `FeatureStore.apply`, a bundle's view stands beside those of others, and the service
     moves to it. The command `feast apply` also takes away what its repository no longer defines,
@@ -168,7 +171,7 @@ def define(
         kafka_bootstrap_servers=bootstrap_servers,
         topic=topic,
         timestamp_field=TIMESTAMP_FIELD,
-        message_format=JsonFormat(schema_json=format_of(spec.schema)),
+        message_format=message_format or JsonFormat(schema_json=format_of(spec.schema)),
         watermark_delay_threshold=timedelta(
             seconds=lateness_s if watermark_s is None else watermark_s
         ),

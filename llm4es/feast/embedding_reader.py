@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import IntEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ __all__ = ["EmbeddingReader", "Embeddings", "Status", "open_embedding_reader"]
 
 _TIMESTAMP, _EMBEDDING, _SURPRISE, _LAST, _EVENT, _BUNDLE = range(6)
 _FEATURES = ("embedding", "surprise", "surprise_last", "last_event_id", "bundle_id")
+_FLOAT_TAG = Value(float_val=1).SerializeToString()[:-4]
+_TEXT_TAG = Value(string_val="x").SerializeToString()[:-2]
+_TEXT_AT = len(_TEXT_TAG) + 1
+_SHORT = _TEXT_AT + 127
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.01
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -230,8 +235,8 @@ class EmbeddingReader:
             status=status,
             as_of=as_of.view("datetime64[us]"),
             age_s=age_s,
-            last_event_ids=tuple(_text(row[_EVENT]) for row in found),
-            bundle_ids=tuple(_text(row[_BUNDLE]) for row in found),
+            last_event_ids=tuple([_text(row[_EVENT]) for row in found]),
+            bundle_ids=tuple([_bundle(row[_BUNDLE]) for row in found]),
             surprise_columns=self.surprise_columns,
         )
 
@@ -262,11 +267,10 @@ class _Layout:
         self, found: Sequence[Sequence[bytes | None]]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Vectors (B, dim), surprise (B, columns), the last event's (B,). Raises ValueError."""
-        last = np.array([_float(row[_LAST]) for row in found], np.float32)
         return (
             self._stack(found, _EMBEDDING, self._dim, self._headers[0]),
             self._stack(found, _SURPRISE, self._columns, self._headers[1]),
-            last,
+            self._stack(found, _LAST, 1, _FLOAT_TAG).reshape(len(found)),
         )
 
     @staticmethod
@@ -281,7 +285,7 @@ class _Layout:
         values = [nothing if row[_EMBEDDING] is None else row[field] for row in found]
         for index, value in enumerate(values):
             if value is None or len(value) != size or not value.startswith(header):
-                raise ValueError(f"a vector is not of {width} numbers", index)
+                raise ValueError(f"{_FEATURES[field - 1]} is not of {width} numbers", index)
         joined = np.frombuffer(b"".join(values), np.uint8)  # type: ignore[arg-type]
         numbers = np.ascontiguousarray(joined.reshape(len(found), size)[:, len(header) :])
         return numbers.view("<f4").reshape(len(found), width).astype(np.float32, copy=False)
@@ -311,6 +315,8 @@ class _Due:
 
     def unseen(self, found: Sequence[Sequence[bytes | None]]) -> NDArray[np.bool_]:
         """Rows that have not seen their event (B,)."""
+        if not any(self._values):
+            return np.zeros(len(found), np.bool_)
         return np.array(
             [
                 value is not None and row[_EVENT] != value and not self._is_later(row)
@@ -322,7 +328,7 @@ class _Due:
     def pause(self, found: Sequence[Sequence[bytes | None]]) -> float | None:
         """Seconds until another look is worth it; None where all is seen, or the time is up."""
         left = self._until - time.monotonic()
-        if left <= 0 or not self.unseen(found).any():
+        if left <= 0 or not any(self._values) or not self.unseen(found).any():
             return None
         pause, self._pause_s = self._pause_s, min(self._pause_s * 2, _LONGEST_PAUSE_S)
         return min(pause, left)
@@ -343,12 +349,16 @@ def _microseconds(value: bytes | None) -> int:
     if value is None:
         return -1
     moment = Timestamp.FromString(value)
-    return int(moment.seconds) * 1_000_000 + int(moment.nanos) // 1000
-
-
-def _float(value: bytes | None) -> float:
-    return float("nan") if value is None else float(Value.FromString(value).float_val)
+    microseconds: int = moment.seconds * 1_000_000 + moment.nanos // 1000
+    return microseconds
 
 
 def _text(value: bytes | None) -> str:
-    return "" if value is None else str(Value.FromString(value).string_val)
+    if value is None:
+        return ""
+    if len(value) > _SHORT or not value.startswith(_TEXT_TAG):
+        return str(Value.FromString(value).string_val)
+    return value[_TEXT_AT:].decode()  # its length is one byte
+
+
+_bundle = lru_cache(maxsize=64)(_text)

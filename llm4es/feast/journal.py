@@ -46,7 +46,7 @@ from llm4es.feast.parts import (
 )
 from llm4es.features import FeatureRow
 
-__all__ = ["OfflineJournal", "recover_journals"]
+__all__ = ["OfflineJournal", "read_journals", "recover_journals"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,17 @@ def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
                 path.unlink()
     if found:
         log.warning("recovered %d journalled rows of the offline log in %s", found, folder)
+    return found
+
+
+def read_journals(folder: Path) -> list[pa.Table]:
+    """Rows that are durable and in no part yet, of living writers too; nothing is changed."""
+    found = []
+    for path in sorted((folder / _JOURNALS).glob(f"*{_SUFFIX}")):
+        with suppress(FileNotFoundError):
+            table, _ = _read_frames(path.read_bytes())
+            if table is not None:
+                found.append(table)
     return found
 
 
@@ -184,6 +195,11 @@ class OfflineJournal:
             raise _unavailable(folder, error) from error
         self._thread = threading.Thread(target=self._roll_in_time, name="roll", daemon=True)
         self._thread.start()
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the log."""
+        return self._folder
 
     def append(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
         """Return when the rows are durable, all of them or (with SinkUnavailable) none.

@@ -7,8 +7,10 @@ own bytes: 1 microsecond where building a `FloatList` takes 114 at 384 dimension
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
+from struct import Struct
 from types import MappingProxyType
 from typing import Final, Protocol
 
@@ -19,8 +21,8 @@ from feast.protos.feast.types.Value_pb2 import Value
 from numpy.typing import NDArray
 
 from llm4es.deletion import Tombstone
-from llm4es.errors import SinkRejected, SinkUnavailable
-from llm4es.events import entity_hash
+from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
+from llm4es.events import EPOCH, entity_hash
 from llm4es.features import FeatureRow
 
 __all__ = [
@@ -30,8 +32,9 @@ __all__ = [
     "PortableRows",
     "ViewTarget",
     "encode_row",
+    "encode_text",
+    "encode_timestamp",
     "encode_vector",
-    "scalars",
 ]
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,14 @@ _LENGTH_DELIMITED = 2
 _FLOAT_LIST_TAG = Value.DESCRIPTOR.fields_by_name["float_list_val"].number << 3 | _LENGTH_DELIMITED
 _FLOATS_TAG = 1 << 3 | _LENGTH_DELIMITED  # FloatList.val, packed
 _CONTINUES = 0x80
+_64_BITS = 2**64 - 1
+_FLOAT = Struct("<f")
+_SECONDS_TAG, _NANOS_TAG = b"\x08", b"\x10"
+# A tag is what stands in front of a value's own bytes, or of its length.
+_FLOAT_TAG = Value(float_val=1).SerializeToString()[:-4]
+_INTEGER_TAG = Value(int64_val=1).SerializeToString()[:-1]
+_TIME_TAG = Value(unix_timestamp_val=1).SerializeToString()[:-1]
+_TEXT_TAG = Value(string_val="x").SerializeToString()[:-2]
 _REMEMBERED = 1_000_000  # entities whose newest `as_of` the portable guard keeps
 _Written = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 _OURS = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
@@ -55,19 +66,18 @@ class ViewTarget:
     store: FeatureStore
     view: FeatureView
     join_key: str
+    # Whether the registry calls the join key a feature, too. Feast does, of a stream feature view
+    # that it has read back, and its own writes fill it: a row of ours that left it out would leave
+    # a value, and a timestamp, of an older row behind.
+    key_is_feature: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = any(feature.name == self.join_key for feature in self.view.features)
+        object.__setattr__(self, "key_is_feature", found)
 
     def entity_key(self, entity_id: str) -> EntityKey:
         """Feast's key of an entity."""
         return EntityKey(join_keys=[self.join_key], entity_values=[Value(string_val=entity_id)])
-
-    @property
-    def key_is_feature(self) -> bool:
-        """Whether the registry calls the join key a feature, too.
-
-        Feast does, of a stream feature view that it has read back, and its own writes fill it: a
-        row of ours that left it out would leave a value, and a timestamp, of an older row behind.
-        """
-        return any(feature.name == self.join_key for feature in self.view.features)
 
 
 class OnlineRows(Protocol):
@@ -101,6 +111,14 @@ class OnlineRows(Protocol):
         """
         ...
 
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """Write each row over the one of the timestamp that was seen, be it newer or older.
+
+        Gives the entities where another one stands by now. Raises as `write`, and ConfigError
+        where the store cannot compare.
+        """
+        ...
+
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """Timestamps of rows that stand or were deleted, as exact as the store knows them."""
         ...
@@ -117,29 +135,44 @@ class OnlineRows(Protocol):
 def encode_vector(vector: NDArray[np.float32]) -> bytes:
     """Encode (n,) float32 as the wire form of Value(float_list_val=FloatList(val=vector))."""
     data = np.ascontiguousarray(vector, dtype="<f4").tobytes()
-    inner = bytes([_FLOATS_TAG]) + _varint(len(data)) + data if data else b""
-    return _varint(_FLOAT_LIST_TAG) + _varint(len(inner)) + inner
+    return _vector_header(len(data)) + data
+
+
+@lru_cache(maxsize=64)
+def _vector_header(size: int) -> bytes:
+    inner = bytes([_FLOATS_TAG]) + _varint(size) if size else b""
+    return _varint(_FLOAT_LIST_TAG) + _varint(len(inner) + size) + inner
 
 
 def encode_row(row: FeatureRow, target: ViewTarget) -> dict[str, bytes]:
-    """Wire form of each feature of a row, by name."""
-    return {
+    """Wire form of each feature of a row, by name: what `Value.SerializeToString` would give."""
+    values = {
         "embedding": encode_vector(row.embedding),
         "surprise": encode_vector(row.surprise),
-        **{name: value.SerializeToString() for name, value in scalars(row, target).items()},
+        "surprise_last": _FLOAT_TAG + _FLOAT.pack(row.surprise_last),
+        "event_count": _INTEGER_TAG + _varint(row.event_count),
+        "last_event_id": encode_text(row.last_event_id),
+        "last_event_time": _TIME_TAG + _varint(int(row.last_event_time.timestamp())),
+        "bundle_id": encode_text(row.bundle_id),
     }
+    if target.key_is_feature:
+        values[target.join_key] = encode_text(row.entity_id)
+    return values
 
 
-def scalars(row: FeatureRow, target: ViewTarget) -> dict[str, Value]:
-    """Features of a row that are no vectors."""
-    key = {target.join_key: Value(string_val=row.entity_id)} if target.key_is_feature else {}
-    return key | {
-        "surprise_last": Value(float_val=row.surprise_last),
-        "event_count": Value(int64_val=row.event_count),
-        "last_event_id": Value(string_val=row.last_event_id),
-        "last_event_time": Value(unix_timestamp_val=int(row.last_event_time.timestamp())),
-        "bundle_id": Value(string_val=row.bundle_id),
-    }
+def encode_text(text: str) -> bytes:
+    """Wire form of Value(string_val=text)."""
+    encoded = text.encode()
+    header: bytes = _TEXT_TAG + _varint(len(encoded))
+    return header + encoded
+
+
+def encode_timestamp(moment: datetime) -> tuple[int, int, bytes]:
+    """Seconds and nanoseconds since 1970, and the wire form of that Timestamp."""
+    since = moment - EPOCH
+    seconds, nanos = since.days * 86_400 + since.seconds, since.microseconds * 1_000
+    encoded = _SECONDS_TAG + _varint(seconds) if seconds else b""
+    return seconds, nanos, encoded + _NANOS_TAG + _varint(nanos) if nanos else encoded
 
 
 class PortableRows:
@@ -215,6 +248,12 @@ class PortableRows:
         for each in due:
             self._newest[each.entity_id] = each.as_of
 
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:  # noqa: ARG002
+        """Refuse: nothing here can be compared and written at once."""
+        raise ConfigError(
+            "repair", "this online store cannot compare before it writes", "use Redis or SQLite"
+        )
+
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows."""
         keys = [self._target.entity_key(entity_id) for entity_id in entity_ids]
@@ -275,7 +314,13 @@ class PortableRows:
             self._newest.popitem(last=False)
 
 
+_SHORT = [bytes([number]) for number in range(_CONTINUES)]
+
+
 def _varint(number: int) -> bytes:
+    if 0 <= number < _CONTINUES:
+        return _SHORT[number]
+    number &= _64_BITS  # a negative one, in two's complement
     encoded = bytearray()
     while number >= _CONTINUES:
         encoded.append(number % _CONTINUES | _CONTINUES)

@@ -11,8 +11,9 @@ cannot lose a race to us. Feast's readers notice no difference.
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache
 from hashlib import sha1
+from itertools import chain
 from typing import Any, NamedTuple
 
 from feast.infra.online_stores.helpers import _mmh3, _redis_key
@@ -24,13 +25,12 @@ from redis.retry import Retry
 
 from llm4es.deletion import Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
-from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row
+from llm4es.feast.entity_keys import entity_keys
+from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row, encode_timestamp
 from llm4es.features import FeatureRow
 
 __all__ = ["REDIS_ERRORS", "RedisRows", "translate_redis_error"]
 
-# KEYS: entity. ARGV: seconds, nanos, ttl (0: none), then the hash's fields and values, the
-# timestamp's first. Gives 1 written, 0 the same stands, -1 a newer one stands.
 _DECODE = """
 local function decode(bytes)
   local seconds, nanos, at = 0, 0, 1
@@ -48,22 +48,48 @@ local function decode(bytes)
   return seconds, nanos
 end
 """
+# KEYS: entities. ARGV: ttl (0: none), how many fields, their names, the timestamp's first; then for
+# each entity seconds, nanos and values. Gives, for each, 1 written, 0 the same stands, -1 a newer
+# one stands.
 _SCRIPT = (
     _DECODE
     + """
-local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
-local standing = redis.call('HGET', KEYS[1], ARGV[4])
-if standing then
-  local stood_s, stood_n = decode(standing)
-  if stood_s > seconds or (stood_s == seconds and stood_n > nanos) then return -1 end
-  if stood_s == seconds and stood_n == nanos then return 0 end
+local ttl, count = ARGV[1], tonumber(ARGV[2])
+local answers, at = {}, 3 + count
+for each, key in ipairs(KEYS) do
+  local seconds, nanos = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+  local standing = redis.call('HGET', key, ARGV[3])
+  local answer = 1
+  if standing then
+    local stood_s, stood_n = decode(standing)
+    if stood_s > seconds or (stood_s == seconds and stood_n > nanos) then answer = -1
+    elseif stood_s == seconds and stood_n == nanos then answer = 0 end
+  end
+  if answer == 1 then
+    local values = {}
+    for i = 1, count do
+      values[2 * i - 1] = ARGV[2 + i]
+      values[2 * i] = ARGV[at + 1 + i]
+    end
+    redis.call('HSET', key, unpack(values))
+    if ttl ~= '0' then redis.call('EXPIRE', key, ttl)
+    else redis.call('PERSIST', key) end -- a deleted entity's key was to end
+  end
+  answers[each] = answer
+  at = at + 2 + count
 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 4))
-if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3])
-else redis.call('PERSIST', KEYS[1]) end -- a deleted entity's key was to end
-return 1
+return answers
 """
 )
+# KEYS: entity. ARGV: the timestamp's value that was seen (empty: none), ttl (0: none), then the
+# hash's fields and values, the timestamp's first. -1 where another timestamp stands.
+_REPLACE = """
+if (redis.call('HGET', KEYS[1], ARGV[3]) or '') ~= ARGV[1] then return -1 end
+redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+if ARGV[2] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[2])
+else redis.call('PERSIST', KEYS[1]) end
+return 1
+"""
 # KEYS: a topic's marks. ARGV: how many pairs (name, number known to be held) come first, then
 # pairs (name, number) to move up to. 0, and nothing written, where less is held.
 _MARK = """
@@ -102,8 +128,8 @@ return 1
 """
 )
 _SUPERSEDED = -1
-_PIPELINED = 512  # rows of one round trip
-_KEYS = 65_536  # entities whose keys are kept
+_PIPELINED = 8  # calls of one round trip
+_ROWS = 64  # of one call: the server does nothing else meanwhile
 # What a call of redis-py may raise; its cluster client has a root of its own.
 REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 _REFUSALS = (
@@ -138,10 +164,11 @@ _PASSING = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNKILLABLE ")
 
 
 class _Call(NamedTuple):
-    """A script for one key: the key, then its arguments."""
+    """A script, its keys and its arguments."""
 
     script: str
-    arguments: tuple[bytes | str | int, ...]
+    keys: Sequence[bytes | str]
+    arguments: Sequence[bytes | str | int]
 
 
 class RedisRows:
@@ -151,12 +178,16 @@ class RedisRows:
         config = target.store.config
         self._target = target
         self._project = config.project
-        self._key_version = config.entity_key_serialization_version
         self._ttl = str(config.online_store.key_ttl_seconds or 0)
         self._cluster = config.online_store.redis_type == RedisType.redis_cluster
         name = _versioned_fv_name(target.view, config)
         self._view = name
-        self._key = lru_cache(_KEYS)(self._serialize_key)
+        version = config.entity_key_serialization_version
+        self._key = entity_keys(
+            lambda entity_id: bytes(
+                _redis_key(config.project, target.entity_key(entity_id), version)
+            )
+        )
         self._timestamp_field = f"_ts:{name}".encode()
         self._fields = {
             feature.name: _mmh3(f"{name}:{feature.name}") for feature in target.view.features
@@ -181,19 +212,22 @@ class RedisRows:
         ahead: Marks = NO_MARKS,
     ) -> list[str]:
         """See OnlineRows. The marks go with the last rows, behind them, in one round trip."""
-        calls = [_Call(_SCRIPT, (self._key(row.entity_id), *self._arguments(row))) for row in rows]
+        # The keys of one call are of one node: in a cluster that is known of one key alone.
+        step = 1 if self._cluster else _ROWS
+        calls = [self._writing(rows[at : at + step]) for at in range(0, len(rows), step)]
         if held or ahead:
             pairs = [text for pair in (*held.items(), *ahead.items()) for text in pair]
-            calls.append(_Call(_MARK, (self._marks_key(topic), len(held), *pairs)))
+            calls.append(_Call(_MARK, [self._marks_key(topic)], [len(held), *pairs]))
         answers: list[Any] = []
-        for start in range(0, len(calls), _PIPELINED):
-            answers += self._execute(calls[start : start + _PIPELINED])
+        pipelined = _PIPELINED * (_ROWS if self._cluster else 1)
+        for start in range(0, len(calls), pipelined):
+            answers += self._execute(calls[start : start + pipelined])
         if (held or ahead) and not answers.pop():
             msg = f"the online store has lost what it noted of {topic}, and so rows"
             raise StoreLost(msg)
         return [
             row.entity_id
-            for row, answer in zip(rows, answers, strict=True)
+            for row, answer in zip(rows, chain.from_iterable(answers), strict=True)
             if answer == _SUPERSEDED
         ]
 
@@ -210,15 +244,29 @@ class RedisRows:
         calls = [
             _Call(
                 _DELETE,
-                (
-                    self._key(each.entity_id),
-                    *self._moment_of(each.as_of, str(math.ceil(guard_s))),
-                    *self._fields.values(),
-                ),
+                [self._key(each.entity_id)],
+                [*self._moment_of(each.as_of, math.ceil(guard_s)), *self._fields.values()],
             )
             for each in tombstones
         ]
         self._execute(calls)
+
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """See OnlineRows."""
+        calls = []
+        for row, moment in zip(rows, seen, strict=True):
+            found: bytes | str = "" if moment is None else encode_timestamp(moment)[2]
+            arguments: list[bytes | str | int] = [found, self._ttl]
+            arguments += [self._timestamp_field, encode_timestamp(row.as_of)[2]]
+            for name, value in encode_row(row, self._target).items():
+                arguments += [self._fields[name], value]
+            calls.append(_Call(_REPLACE, [self._key(row.entity_id)], arguments))
+        answers = self._execute(calls)
+        return [
+            row.entity_id
+            for row, answer in zip(rows, answers, strict=True)
+            if answer == _SUPERSEDED
+        ]
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond."""
@@ -255,32 +303,30 @@ class RedisRows:
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
             if self._cluster:  # a cluster's pipeline refuses EVALSHA
-                pipe.eval(call.script, 1, *call.arguments)
+                pipe.eval(call.script, len(call.keys), *call.keys, *call.arguments)
             else:
-                pipe.evalsha(_sha(call.script), 1, *call.arguments)
+                pipe.execute_command(
+                    "EVALSHA", _sha(call.script), len(call.keys), *call.keys, *call.arguments
+                )
         answers: list[Any] = pipe.execute(raise_on_error=False)
         return answers
 
     def _marks_key(self, topic: str) -> str:
         return f"llm4es:{self._project}:{self._view}:marks:{topic}"
 
-    def _serialize_key(self, entity_id: str) -> bytes:
-        key: bytes = _redis_key(
-            self._project, self._target.entity_key(entity_id), self._key_version
-        )
-        return key
+    def _writing(self, rows: Sequence[FeatureRow]) -> _Call:
+        names = [self._timestamp_field, *self._fields.values()]
+        arguments: list[bytes | str | int] = [self._ttl, len(names), *names]
+        for row in rows:
+            seconds, nanos, moment = encode_timestamp(row.as_of)
+            values = encode_row(row, self._target)
+            arguments += [seconds, nanos, moment]
+            arguments += [values[name] for name in self._fields]
+        return _Call(_SCRIPT, [self._key(row.entity_id) for row in rows], arguments)
 
-    def _arguments(self, row: FeatureRow) -> list[bytes | str | int]:
-        arguments = self._moment_of(row.as_of, self._ttl)
-        for name, value in encode_row(row, self._target).items():
-            arguments += [self._fields[name], value]
-        return arguments
-
-    def _moment_of(self, as_of: datetime, seconds: str) -> list[bytes | str | int]:
-        moment = Timestamp()
-        moment.FromDatetime(as_of)
-        value = moment.SerializeToString()
-        return [moment.seconds, moment.nanos, seconds, self._timestamp_field, value]
+    def _moment_of(self, as_of: datetime, guard_s: int) -> list[bytes | str | int]:
+        seconds, nanos, value = encode_timestamp(as_of)
+        return [seconds, nanos, guard_s, self._timestamp_field, value]
 
 
 @cache
@@ -294,6 +340,12 @@ def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected | 
     if isinstance(error, _REFUSALS):
         return ConfigError(
             "online_store", f"Redis refuses us ({error})", "mend its connection_string, or its ACL"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return ConfigError(
+            "online_store",
+            f"no authority that we know vouches for Redis' certificate ({error})",
+            "name its file in connection_string: HOST:PORT,ssl=true,ssl_ca_certs=PATH",
         )
     if isinstance(error, _BUGS):
         return SinkRejected(message)

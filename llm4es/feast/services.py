@@ -25,7 +25,14 @@ from llm4es.errors import ConfigError
 from llm4es.feast.definitions import make_service
 from llm4es.features import service_name, view_name
 
-__all__ = ["AtomicFileRegistryStore", "bundle_views", "drop_view", "served_view", "switch_service"]
+__all__ = [
+    "AtomicFileRegistryStore",
+    "bundle_views",
+    "drop_view",
+    "replace_registry_whole",
+    "served_view",
+    "switch_service",
+]
 
 
 class AtomicFileRegistryStore(FileRegistryStore):
@@ -109,7 +116,7 @@ def switch_service(store: FeatureStore, entity: str, bundle_id: str) -> str | No
     except ConfigError:
         before = None
     if before != bundle_id:
-        _write_whole(store)
+        replace_registry_whole(store)
         store.registry.apply_feature_service(make_service(views[bundle_id]), store.project)
         store.refresh_registry()  # type: ignore[no-untyped-call]
     return before
@@ -131,7 +138,7 @@ def drop_view(store: FeatureStore, entity: str, bundle_id: str) -> bool:
                 f"still points to {view.name}",
                 "switch it to another bundle first",
             )
-    _write_whole(store)
+    replace_registry_whole(store)
     sources = [view.batch_source]
     if isinstance(view, StreamFeatureView):
         sources.append(view.stream_source)
@@ -140,8 +147,8 @@ def drop_view(store: FeatureStore, entity: str, bundle_id: str) -> bool:
     return True
 
 
-def _write_whole(store: FeatureStore) -> None:
-    """Have a registry in a file replaced, not rewritten in place."""
+def replace_registry_whole(store: FeatureStore) -> None:
+    """Have a registry in a file replaced by each write, not rewritten in place."""
     registry: Any = store.registry
     if type(getattr(registry, "_registry_store", None)) is FileRegistryStore:
         registry._registry_store = AtomicFileRegistryStore(  # noqa: SLF001 - no public way

@@ -7,19 +7,22 @@ length; so everything is checked here, when the sink is opened and for each row.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from feast import KafkaSource
+from feast.data_format import AvroFormat, ProtoFormat
 
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable
 from llm4es.events import EPOCH, NO_OFFSETS, NO_SPANS, OffsetSpans, TopicPartition, entity_hash
-from llm4es.feast.definitions import ViewSpec
-from llm4es.feast.deletions import Deletions
+from llm4es.feast.definitions import TIMESTAMP_FIELD, ViewSpec
+from llm4es.feast.deletions import Deletions, Rewritten
 from llm4es.feast.journal import OfflineJournal
-from llm4es.feast.offline_log import log_folder
+from llm4es.feast.offline_log import log_folder, rewrite_deleted
 from llm4es.feast.online import Marks, OnlineRows, ViewTarget
 from llm4es.feast.online_reader import OnlineReader
 from llm4es.feast.opening import apply_command, open_rows, open_target
@@ -67,11 +70,15 @@ class FeastSink:
         return self._stream("kafka_bootstrap_servers")
 
     @property
-    def value_format(self) -> str:
-        """How the view's stream source says that values are written: json, avro or proto."""
+    def value_format(self) -> tuple[Literal["json", "avro", "protobuf"], str | None]:
+        """Format of the stream source's values, and Avro's schema or Protobuf's message."""
         source = self._target.view.stream_source
-        told = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
-        return type(told).__name__.removesuffix("Format").lower() if told is not None else "json"
+        form = source.kafka_options.message_format if isinstance(source, KafkaSource) else None
+        if isinstance(form, AvroFormat):
+            return "avro", form.schema_json or None
+        if isinstance(form, ProtoFormat):
+            return "protobuf", form.class_path or None
+        return "json", None
 
     def journal(self, rows: Sequence[FeatureRow], spans: OffsetSpans = NO_SPANS) -> None:
         """Return when the rows are durable in the offline log; several per entity may come.
@@ -155,6 +162,43 @@ class FeastSink:
         """
         return self._reader.read(entity_ids)
 
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """Put rows in the place of those that were found wrong, as long as `seen` still stands.
+
+        `seen` are the timestamps (`as_of`) that were found. Gives the entities whose row has
+        changed meanwhile, and was left alone. Raises SinkUnavailable, SinkRejected, ConfigError
+        for a store that cannot compare.
+        """
+        self._refuse_broken(rows)
+        left = self._online.replace(rows, seen)
+        self._online.sync()
+        return left
+
+    def rewrite_deleted(self) -> Rewritten:
+        """Take deleted entities' rows out of the offline log's parts. Raises SinkUnavailable."""
+        folder = self._journal.folder
+        try:
+            return rewrite_deleted(
+                folder, join_key=self._target.join_key, timestamp_field=TIMESTAMP_FIELD
+            )
+        except OSError as error:
+            raise SinkUnavailable(f"offline log {folder}: {error}") from error
+
+    @property
+    def view(self) -> str:
+        """Name of the feature view."""
+        return str(self._target.view.name)
+
+    @property
+    def offline_folder(self) -> Path:
+        """Folder of the offline log."""
+        return self._journal.folder
+
+    @property
+    def join_key(self) -> str:
+        """Column of the entity's id."""
+        return self._target.join_key
+
     def roll(self) -> None:
         """Return when every journalled row is in a part that readers see."""
         self._journal.roll()
@@ -181,7 +225,10 @@ class FeastSink:
         if rows or held or ahead:
             topic = next((tp.topic for tp in of), "")
             self.superseded += len(self._online.write(rows, topic=topic, held=held, ahead=ahead))
-            self._online.sync()  # rows survive what the offsets survive
+            if not ahead:
+                # What a power cut takes of rows, it takes of their marks: then they are published
+                # again. Without marks nobody would know.
+                self._online.sync()
 
     def _stream(self, option: str) -> str:
         source = self._target.view.stream_source

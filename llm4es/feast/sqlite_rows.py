@@ -20,14 +20,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from feast.infra.key_encoding_utils import serialize_entity_key
-from feast.infra.online_stores.helpers import compute_table_id, extract_text_and_num
+from feast.infra.online_stores.helpers import compute_table_id
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, _quote_id
 from feast.protos.feast.types.Value_pb2 import Value
 
 from llm4es.deletion import Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
-from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row, scalars
+from llm4es.feast.entity_keys import entity_keys
+from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row
 from llm4es.features import FeatureRow
 
 __all__ = ["SqliteRows", "translate_sqlite_error"]
@@ -54,7 +56,10 @@ class SqliteRows:
     def __init__(self, target: ViewTarget, *, read_only: bool = False) -> None:
         config = target.store.config
         self._target = target
-        self._key_version = config.entity_key_serialization_version
+        version = config.entity_key_serialization_version
+        self._key = entity_keys(
+            lambda entity_id: bytes(serialize_entity_key(target.entity_key(entity_id), version))
+        )
         name = compute_table_id(
             config.project, target.view, config.registry.enable_online_feature_view_versioning
         )
@@ -71,6 +76,7 @@ class SqliteRows:
             if not read_only:
                 self._connection.execute("PRAGMA journal_mode=WAL")
                 self._connection.execute("PRAGMA synchronous=NORMAL")
+                self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is gone
             tables = self._connection.execute(
                 "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,)
             ).fetchall()
@@ -99,12 +105,14 @@ class SqliteRows:
         superseded = []
         with self._transaction():
             standing = self._standing(keys)
+            fresh: list[tuple[bytes, str, bytes, str | None, int]] = []
             for key, row in zip(keys, rows, strict=True):
                 moment, stood = _microseconds(row.as_of), standing.get(key)
                 if stood is None or stood < moment:
-                    self._connection.executemany(self._upsert, self._table_rows(key, row))
+                    fresh += self._table_rows(key, row)
                 elif stood > moment:
                     superseded.append(row.entity_id)
+            self._connection.executemany(self._upsert, fresh)
             if held or ahead:
                 self._move_marks(topic, held, ahead)
         return superseded
@@ -121,7 +129,6 @@ class SqliteRows:
         now = time.time()
         alone = f"feature_name = '{_EXACT}' AND created_ts IS NOT NULL"
         with self._transaction():
-            self._connection.execute("PRAGMA secure_delete = ON")
             self._connection.execute(
                 f"CREATE INDEX IF NOT EXISTS {self._guards} ON {self._table} (created_ts) "
                 f"WHERE {alone}"
@@ -145,6 +152,19 @@ class SqliteRows:
                     "VALUES (?, ?, ?, ?, ?)",
                     (key, *_exact(each.as_of), math.ceil(now + guard_s)),
                 )
+
+    def replace(self, rows: Sequence[FeatureRow], seen: Sequence[datetime | None]) -> list[str]:
+        """See OnlineRows."""
+        left = []
+        keys = [self._key(row.entity_id) for row in rows]
+        with self._transaction():
+            standing = self._standing(keys)
+            for key, row, moment in zip(keys, rows, seen, strict=True):
+                if standing.get(key) != (None if moment is None else _microseconds(moment)):
+                    left.append(row.entity_id)
+                    continue
+                self._connection.executemany(self._upsert, self._table_rows(key, row))
+        return left
 
     def as_of(self, entity_ids: Sequence[str]) -> list[datetime | None]:
         """See OnlineRows; exact to the microsecond for rows of ours."""
@@ -217,17 +237,16 @@ class SqliteRows:
                     standing[key] = Value.FromString(exact).int64_val
         return standing
 
-    def _key(self, entity_id: str) -> bytes:
-        key: bytes = serialize_entity_key(self._target.entity_key(entity_id), self._key_version)
-        return key
-
     def _table_rows(
         self, key: bytes, row: FeatureRow
     ) -> Iterable[tuple[bytes, str, bytes, str | None, int]]:
         second = _feast_second(row.as_of)
-        texts = {
-            name: extract_text_and_num(value, compute_num=False)[0]
-            for name, value in scalars(row, self._target).items()
+        texts = {  # as Feast's `extract_text_and_num` gives them
+            "surprise_last": str(float(np.float32(row.surprise_last))),
+            "event_count": str(row.event_count),
+            "last_event_id": row.last_event_id,
+            "bundle_id": row.bundle_id,
+            self._target.join_key: row.entity_id,
         }
         for name, value in encode_row(row, self._target).items():
             yield key, name, value, texts.get(name), second

@@ -1,18 +1,14 @@
 """JSONL and Parquet files, read as an embedded log: partitions and offsets, but no server."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from llm4es.errors import ConfigError, InvalidEvent, SourceUnavailable
+from llm4es.errors import ConfigError, InvalidEvent
 from llm4es.events import Record, TopicPartition, decode_object, entity_id_of
 from stream_worker.ports import (
     AssignmentListener,
@@ -20,18 +16,19 @@ from stream_worker.ports import (
     LogIdentity,
     PartitionSpan,
 )
+from stream_worker.sources.log_files import LogFiles
 
 __all__ = ["FileLog", "FileRecordSource"]
-
-_PARQUET_ROWS = 4096
-_IDENTITY_BYTES = 4096  # of a Parquet file's beginning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileLog:
-    """A file as a log: which field keys a record, and which one says when the log got it."""
+    """A file as a log: which field keys a record, and which one says when the log got it.
 
-    path: Path
+    `path` may be an address, or a folder of files, as `LogFiles` reads them, if it is text.
+    """
+
+    path: Path | str
     key_field: str
     partitions: int = 4
     recorded_at_field: str | None = None
@@ -45,16 +42,13 @@ class FileRecordSource:
     """
 
     def __init__(self, file: FileLog) -> None:
-        if file.path.suffix not in {".jsonl", ".parquet"}:
-            raise ConfigError(
-                "events", f"{file.path} is neither .jsonl nor .parquet", "name a file of these"
-            )
-        if not file.path.is_file():
-            raise ConfigError("events", f"{file.path} is no file", "name the event log")
+        if isinstance(file.path, Path):
+            _refuse_no_file(file.path)
         self._file = file
+        self._files = LogFiles(file.path)
         self._spans = self._scan()
         self._partitions = tuple(
-            TopicPartition(file.path.name, index) for index in range(file.partitions)
+            TopicPartition(self._files.name, index) for index in range(file.partitions)
         )
         self._listener: AssignmentListener | None = None
         self._positions: dict[TopicPartition, int] = {}
@@ -64,7 +58,7 @@ class FileRecordSource:
         """Partitions and ends, as they were when the file was opened."""
         return LogDescription(
             identity=LogIdentity(
-                topic=self._file.path.name,
+                topic=self._files.name,
                 topic_id=self._identify(),
                 partitions=self._file.partitions,
             ),
@@ -106,6 +100,25 @@ class FileRecordSource:
             record for record in self._read() if record.offset >= start[record.topic_partition]
         )
 
+    def offsets_at(
+        self, moment: datetime, moment_of: Callable[[Record], datetime | None]
+    ) -> dict[int, int]:
+        """First offset of each partition whose record is not older; its end where none is."""
+        found = {partition: span.end for partition, span in self._spans.items()}
+        for record in self._read():
+            if record.offset < found[record.partition]:
+                known = moment_of(record)
+                if known is not None and known >= moment:
+                    found[record.partition] = record.offset
+        return found
+
+    def positions(self) -> dict[TopicPartition, int]:
+        """Offsets that are read next."""
+        return dict(self._positions)
+
+    def pause(self, partitions: Iterable[TopicPartition]) -> None:
+        """Nothing is saved by it: the file is read in one."""
+
     def keep_alive(self) -> None:
         """No group, so nobody to show it."""
 
@@ -127,14 +140,8 @@ class FileRecordSource:
 
     def _identify(self) -> str:
         """Hash what appending leaves as it is: the first line. Empty where there is none yet."""
-        with self._file.path.open("rb") as file:
-            if self._file.path.suffix == ".jsonl":
-                beginning = file.readline()
-                if not beginning.endswith(b"\n"):
-                    return ""
-            else:
-                beginning = file.read(_IDENTITY_BYTES)
-        return hashlib.sha256(beginning).hexdigest()[:16]
+        beginning = self._files.beginning()
+        return hashlib.sha256(beginning).hexdigest()[:16] if beginning else ""
 
     def _scan(self) -> dict[int, PartitionSpan]:
         ends = dict.fromkeys(range(self._file.partitions), 0)
@@ -144,11 +151,11 @@ class FileRecordSource:
 
     def _read(self) -> Iterator[Record]:
         offsets = dict.fromkeys(range(self._file.partitions), 0)
-        for value in self._values():
+        for value in self._files.values():
             key, timestamp = self._envelope(value)
             partition = _partition(key, self._file.partitions)
             yield Record(
-                topic=self._file.path.name,
+                topic=self._files.name,
                 partition=partition,
                 offset=offsets[partition],
                 timestamp=timestamp,
@@ -156,23 +163,6 @@ class FileRecordSource:
                 value=value,
             )
             offsets[partition] += 1
-
-    def _values(self) -> Iterator[bytes]:
-        try:
-            if self._file.path.suffix == ".jsonl":
-                with self._file.path.open("rb") as lines:
-                    yield from (line.rstrip(b"\r\n") for line in lines)
-            else:
-                for batch in pq.ParquetFile(self._file.path).iter_batches(_PARQUET_ROWS):
-                    yield from map(msgspec.json.encode, batch.to_pylist())
-        except pa.ArrowException as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                "events", f"{self._file.path} is no whole Parquet file ({reason})", "write it anew"
-            ) from error
-        except OSError as error:
-            msg = f"{self._file.path} cannot be read ({error})"
-            raise SourceUnavailable(msg) from error
 
     def _envelope(self, value: bytes) -> tuple[bytes | None, datetime | None]:
         """A record's key and timestamp; parsing proper, with its complaints, comes later."""
@@ -183,6 +173,15 @@ class FileRecordSource:
             return None, None
         recorded_at = document.get(self._file.recorded_at_field or "")
         return key, _moment(recorded_at) if isinstance(recorded_at, str) else None
+
+
+def _refuse_no_file(path: Path) -> None:
+    if path.suffix not in {".jsonl", ".parquet"}:
+        raise ConfigError(
+            "events", f"{path} is neither .jsonl nor .parquet", "name a file of these"
+        )
+    if not path.is_file():
+        raise ConfigError("events", f"{path} is no file", "name the event log")
 
 
 def _moment(text: str) -> datetime | None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -22,8 +22,10 @@ from stream_worker.sources.kafka_client import (
     KafkaSettings,
     OffsetAndMetadata,
     admin,
+    connecting,
     kafka_partition,
     mapped,
+    to_record,
     topic_configs,
 )
 
@@ -33,11 +35,20 @@ log = logging.getLogger(__name__)
 
 _FETCH_BYTES = 16 << 20  # above the largest record, so that one can always be fetched
 _SAMPLE_TIMEOUT_S = 10.0
+# Of one question to the brokers. Without it kafka-python asks for ever, and as its heartbeats go on
+# meanwhile, the whole group would wait for us.
+_CALL_MS = 10_000
 _FOREVER_MS = str(2**63 - 1)  # message.timestamp.after.max.ms where nothing is bounded
 
 
 class KafkaGroup:
-    """Name and timings of the consumer group; `instance_id` makes membership static (KIP-345)."""
+    """Name and timings of the consumer group; `instance_id` makes membership static (KIP-345).
+
+    `join_wait_ms` is how long a poll stays with a rebalance that is under way, whatever its own
+    timeout. kafka-python 3.0 forgets a join that completes between two polls and begins another,
+    so that on a slow machine short polls may never get their partitions. (Members that share one
+    thread must not wait for one another.)
+    """
 
     def __init__(
         self,
@@ -46,8 +57,10 @@ class KafkaGroup:
         session_timeout_ms: int = 10_000,
         max_poll_interval_ms: int = 300_000,
         instance_id: str | None = None,
+        join_wait_ms: int = 0,
     ) -> None:
         self.name = name
+        self.join_wait_ms = join_wait_ms
         self.config: dict[str, Any] = {
             "group_id": name,
             "session_timeout_ms": session_timeout_ms,
@@ -58,20 +71,26 @@ class KafkaGroup:
 
 
 class KafkaRecordSource:
-    """See `ports.RecordSource`. Reads `read_committed`; offsets are committed only by `commit`."""
+    """See `ports.RecordSource`. Reads `read_committed`; offsets are committed only by `commit`.
 
-    def __init__(self, settings: KafkaSettings, topic: str, group: KafkaGroup) -> None:
+    Without a group it reads every partition, commits nothing, and no group is touched.
+    """
+
+    def __init__(self, settings: KafkaSettings, topic: str, group: KafkaGroup | None) -> None:
         self._settings = settings
         self._topic = topic
-        self._group = group.name
+        self._group = group.name if group is not None else None
+        self._join_wait_ms = group.join_wait_ms if group is not None else 0
         self._listener: AssignmentListener | None = None
         self._rebalances = _Rebalances()
         # Assigned, but not yet told where to read from: their records are not to be used.
         self._unplaced: set[TopicPartition] = set()
         self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
         self._due: dict[TopicPartition, int] = {}  # offsets that are read next
-        with mapped():
-            self._consumer = KafkaConsumer(**self._consumer_config(), **group.config)
+        with connecting(self._settings):
+            self._consumer = KafkaConsumer(
+                **self._consumer_config(), **(group.config if group else {})
+            )
 
     def describe(self) -> LogDescription:
         """Ask the brokers; see `ports.RecordSource`."""
@@ -95,7 +114,7 @@ class KafkaRecordSource:
 
     def sample(self, count: int) -> Sequence[Record]:
         """Read the newest records with a consumer of no group."""
-        with mapped():
+        with connecting(self._settings):
             reader = KafkaConsumer(**self._consumer_config())
         try:
             with mapped():
@@ -107,11 +126,20 @@ class KafkaRecordSource:
         """Join the group at the next poll."""
         self._listener = listener
         with mapped():
-            self._consumer.subscribe([self._topic], listener=self._rebalances)
+            if self._group is not None:
+                self._consumer.subscribe([self._topic], listener=self._rebalances)
+                return
+            found = self._consumer.partitions_for_topic(self._topic) or ()
+            partitions = [kafka_partition(self._topic, each) for each in sorted(found)]
+            self._consumer.assign(partitions)
+        self._rebalances.on_partitions_assigned(partitions)
 
     def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:
         """Records of one fetch; those of a partition come in order of offset."""
         with mapped():
+            coordinator = self._consumer._coordinator  # noqa: SLF001 - see `KafkaGroup`
+            if self._join_wait_ms and coordinator.need_rejoin():
+                coordinator.poll(timeout_ms=self._join_wait_ms)
             found = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         self._place_assigned()
         batches = {
@@ -121,22 +149,29 @@ class KafkaRecordSource:
         }
         self._refuse_skipped({tp: raws[0].offset for tp, raws in batches.items()})
         self._due |= {tp: raws[-1].offset + 1 for tp, raws in batches.items()}
-        return [_record(raw) for raws in batches.values() for raw in raws]
+        return [to_record(raw) for raws in batches.values() for raw in raws]
 
     def committed(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Offsets that the group has committed."""
+        if self._group is None:
+            return {}
         with mapped():
-            found = {tp: self._consumer.committed(kafka_partition(*tp)) for tp in partitions}
+            found = {
+                tp: self._consumer.committed(kafka_partition(*tp), timeout_ms=_CALL_MS)
+                for tp in partitions
+            }
         return {tp: offset for tp, offset in found.items() if offset is not None}
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Commit, or log that it could not be done: the windows decide."""
+        if self._group is None:
+            return
         offsets = {
             kafka_partition(*tp): OffsetAndMetadata(offset, "", -1)
             for tp, offset in next_offsets.items()
         }
         try:
-            self._consumer.commit(offsets)
+            self._consumer.commit(offsets, timeout_ms=_CALL_MS)
         except KafkaError as error:
             log.warning("offsets were not committed (%s); the windows hold them", error)
 
@@ -150,6 +185,34 @@ class KafkaRecordSource:
                     self._consumer.seek(partition, offset)
                 self._due[tp] = offset
 
+    def offsets_at(
+        self,
+        moment: datetime,
+        moment_of: Callable[[Record], datetime | None],  # noqa: ARG002 - for logs without an index
+    ) -> dict[int, int]:
+        """First offset of each partition whose record is not older; its end where none is."""
+        with mapped():
+            asked = [
+                kafka_partition(self._topic, each)
+                for each in sorted(self._consumer.partitions_for_topic(self._topic) or ())
+            ]
+            at_ms = -((EPOCH - moment) // timedelta(milliseconds=1))  # rounded up
+            found = self._consumer.offsets_for_times(dict.fromkeys(asked, at_ms))
+            ends = self._consumer.end_offsets(asked)
+        return {tp.partition: found[tp].offset if found[tp] else ends[tp] for tp in asked}
+
+    def positions(self) -> dict[TopicPartition, int]:
+        """Offsets that are read next."""
+        with mapped():
+            return {
+                TopicPartition(*tp): self._consumer.position(tp)
+                for tp in self._consumer.assignment()
+            }
+
+    def pause(self, partitions: Iterable[TopicPartition]) -> None:
+        """Read no more of these."""
+        self._consumer.pause(*(kafka_partition(*tp) for tp in partitions))
+
     def keep_alive(self) -> None:
         """Poll with everything paused, so that `max_poll_interval_ms` begins anew.
 
@@ -157,9 +220,10 @@ class KafkaRecordSource:
         """
         owned = self._consumer.assignment()
         with mapped():
+            paused = self._consumer.paused()
             self._consumer.pause(*owned)
             found = self._consumer.poll(timeout_ms=0)
-            self._consumer.resume(*(owned & self._consumer.assignment()))
+            self._consumer.resume(*(owned & self._consumer.assignment() - paused))
             for partition, raws in found.items():  # of partitions that came meanwhile
                 self._consumer.seek(partition, raws[0].offset)
         if self._rebalances.pending or not self._rebalances.joined:
@@ -178,8 +242,10 @@ class KafkaRecordSource:
         if not owned:
             return 0 if self._group_owns_all() else None
         with mapped():
-            ends = self._consumer.end_offsets(list(owned))
-            reached = {tp: self._consumer.position(tp) for tp in ends}
+            ends = self._consumer.end_offsets(list(owned), timeout_ms=_CALL_MS)
+            reached = {tp: self._consumer.position(tp, timeout_ms=_CALL_MS) for tp in ends}
+        if None in reached.values():  # it was not found in time
+            return None
         self._refuse_skipped({TopicPartition(*tp): at for tp, at in reached.items()})
         return sum(max(0, int(end - reached[tp])) for tp, end in ends.items())
 
@@ -229,7 +295,7 @@ class KafkaRecordSource:
         if not gaps:
             return
         with mapped():
-            firsts = self._consumer.beginning_offsets(gaps)
+            firsts = self._consumer.beginning_offsets(gaps, timeout_ms=_CALL_MS)
         for partition, first in firsts.items():
             due = self._due[TopicPartition(*partition)]
             if first > due:
@@ -254,8 +320,8 @@ class KafkaRecordSource:
     def _spans(self, partitions: Sequence[int]) -> dict[int, PartitionSpan]:
         asked = [kafka_partition(self._topic, partition) for partition in partitions]
         with mapped():
-            firsts = self._consumer.beginning_offsets(asked)
-            ends = self._consumer.end_offsets(asked)
+            firsts = self._consumer.beginning_offsets(asked, timeout_ms=_CALL_MS)
+            ends = self._consumer.end_offsets(asked, timeout_ms=_CALL_MS)
         return {tp.partition: PartitionSpan(firsts[tp], ends[tp]) for tp in asked}
 
     def _read_tail(self, reader: "KafkaConsumer", count: int) -> list[Record]:
@@ -274,7 +340,7 @@ class KafkaRecordSource:
                 log.warning("only %d records of the topic could be looked at", len(records))
                 break
             found = reader.poll(timeout_ms=200)
-            records += [_record(raw) for batch in found.values() for raw in batch]
+            records += [to_record(raw) for batch in found.values() for raw in batch]
         return records
 
 
@@ -304,28 +370,6 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-pyt
         taken = self._revoked, self._assigned
         self._revoked, self._assigned = set(), set()
         return taken
-
-
-def _record(raw: Any) -> Record:  # noqa: ANN401 - kafka-python's ConsumerRecord has no type
-    return Record(
-        topic=raw.topic,
-        partition=raw.partition,
-        offset=raw.offset,
-        timestamp=_moment(raw.timestamp),
-        key=raw.key,
-        value=raw.value,
-        headers=tuple(raw.headers),
-    )
-
-
-def _moment(timestamp_ms: int) -> datetime | None:
-    """Read a timestamp; None where there is none (-1), or a producer sent one that is no time."""
-    if timestamp_ms < 0:
-        return None
-    try:
-        return EPOCH + timedelta(milliseconds=timestamp_ms)
-    except OverflowError:
-        return None
 
 
 def _timestamps(configs: Mapping[str, str]) -> Timestamps:

@@ -130,6 +130,12 @@ class RedisWindowStore:
                 if (window.topic, window.partition) in partitions:
                     yield window
 
+    def has_deleted(self) -> bool:
+        """Whether it keeps what is left of deleted entities."""
+        pattern = f"{_literal(self._prefix)}:deleted:*"
+        with _mapped():
+            return any(True for _ in self._client.scan_iter(match=pattern, count=_CHUNK))
+
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
         return self._by_partition("offsets", topic)
@@ -327,5 +333,11 @@ def _mapped() -> Iterator[None]:
             "window_store", f"Redis refuses us ({error})", "mend user and password in its URL"
         ) from error
     except RedisError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise ConfigError(
+                "window_store",
+                f"no authority that we know vouches for Redis' certificate ({error})",
+                "name its file in the URL: rediss://...?ssl_ca_certs=PATH",
+            ) from error
         msg = f"the Redis window store cannot be used ({error})"
         raise SinkUnavailable(msg) from error

@@ -129,6 +129,14 @@ class SqliteWindowStore:
                 return
             after = found[-1][0]
 
+    def has_deleted(self) -> bool:
+        """Whether it keeps what is left of deleted entities."""
+        query = "SELECT 1 FROM deleted WHERE bundle = ? LIMIT 1"
+        with _mapped():
+            if not self._knows_deletion():
+                return False
+            return self._connection.execute(query, (self._bundle,)).fetchone() is not None
+
     def offsets(self, topic: str) -> dict[TopicPartition, int]:
         """Next offset per partition up to which this store holds the log."""
         return self._by_partition("SELECT partition, next_offset FROM offsets", topic)
@@ -289,6 +297,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA secure_delete=ON")  # what is deleted is gone from the file
         connection.executescript(_TABLES)
     except sqlite3.Error:
         connection.close()

@@ -294,7 +294,7 @@ def test_feast_apply_of_a_list_of_bundles_keeps_the_rows_of_each(
     assert served_view(store, "terminal").ttl == timedelta(hours=1)
     for each, topic in ((spec, "payments"), (new, "payments"), (terminal, "payments.by-terminal")):
         sink = open_sink(repo, each, writer_id="w")
-        assert (sink.topic, sink.value_format) == (topic, "json")
+        assert (sink.topic, *sink.value_format) == (topic, "json", None)
         expected = ["old"] if each is spec else [None]
         assert [row and row.last_event_id for row in sink.read(["c1"])] == expected
         sink.close()

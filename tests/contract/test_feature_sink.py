@@ -1,6 +1,9 @@
 """One suite over the sink's three ways into an online store, read back as stock clients read."""
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from feast import FeatureStore
+from feast.data_format import AvroFormat, ProtoFormat, StreamFormat
 from redis import Redis
 
 from dev.servers import RedisServer, wait_until
@@ -416,6 +420,35 @@ def test_what_is_published_to_sqlite_is_in_the_file_itself_without_its_write_ahe
     sink.close()
 
 
+def test_a_process_that_has_feast_and_not_us_reads_rows_and_training_sets(
+    tmp_path: Path, redis_server: RedisServer, unique: str
+) -> None:
+    world = make_world(tmp_path, "redis", redis_server)
+    sink = world.open()
+    written = row(world.spec, unique, seed=4, last_event_id="seen")
+    sink.journal([written])
+    sink.publish([written])
+    sink.close()
+    file = world.repo / "feature_store.yaml"
+    ours = "llm4es.feast.offline_log.LogOfflineStore"
+    assert ours in file.read_text()
+    file.write_text(file.read_text().replace(ours, "duckdb"))
+    script = Path(__file__).with_name("stock_client.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(world.repo), unique, NOON.isoformat()],
+        cwd=world.repo,  # where stock Feast looks for a relative path
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    vector = [float(each) for each in written.embedding]
+    assert found["online"] == [vector, ["seen", None]]
+    assert found["training"] == [vector, ["seen", "seen"]]
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
@@ -652,3 +685,23 @@ def test_a_sink_without_the_key_deletes_nothing_and_one_with_another_does_not_op
             open_sink(world.repo, world.spec, writer_id="k", deletion_key=key)
     with pytest.raises(ConfigError, match="shorter than 16"):
         DeletionKey("short")
+
+
+@pytest.mark.parametrize(
+    ("form", "due"),
+    [
+        (None, ("json", None)),
+        (AvroFormat(schema_json='{"type": "record"}'), ("avro", '{"type": "record"}')),
+        (AvroFormat(schema_json=""), ("avro", None)),
+        (ProtoFormat(class_path="shop.Payment"), ("protobuf", "shop.Payment")),
+    ],
+)
+def test_the_format_of_values_is_what_feasts_registry_says(
+    tmp_path: Path, form: StreamFormat | None, due: tuple[str, str | None]
+) -> None:
+    spec = make_spec(tmp_path / "bundle")
+    repo = make_repo(tmp_path / "repo")
+    apply(repo, spec, message_format=form)
+    sink = open_sink(repo, spec, writer_id="w")
+    assert sink.value_format == due
+    sink.close()

@@ -1,6 +1,7 @@
 """One suite over every source of records."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dev.servers import KafkaServer, create_topic
-from llm4es.errors import BundleMismatch, ConfigError, SinkUnavailable, SourceUnavailable
+from dev.servers import KafkaServer, create_topic, wait_until
+from llm4es.errors import (
+    BundleMismatch,
+    ConfigError,
+    Fenced,
+    SinkUnavailable,
+    SourceUnavailable,
+)
 from llm4es.events import Record, TopicPartition
 from stream_worker.log_checks import refuse_changed_log
 from stream_worker.ports import RecordSource
@@ -189,6 +196,107 @@ def test_a_sample_gives_the_newest_records_and_moves_nothing(
     source.subscribe(Starts())
     assert len(drain(source, 10)) == 10
     source.close()
+
+
+def group_source(server: KafkaServer, topic: str, **group: Any) -> KafkaRecordSource:  # noqa: ANN401
+    settings = KafkaSettings(bootstrap_servers=server.bootstrap_servers)
+    return KafkaRecordSource(settings, topic, KafkaGroup(topic, **group))
+
+
+def poll_until(sources: Sequence[RecordSource], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        for source in sources:
+            source.poll(1, 0.05)
+
+
+def test_a_member_that_shows_life_in_a_long_batch_keeps_its_partitions(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    """Three times as long as a poll may take; without the signs of life they would be gone."""
+    make_topics(kafka_server, unique)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 8)
+    source, listener = group_source(kafka_server, unique, max_poll_interval_ms=2_000), Starts()
+    source.subscribe(listener)
+    polled = drain(source, 1, max_records=1)
+    until = time.monotonic() + 6
+    while time.monotonic() < until:
+        time.sleep(0.3)
+        source.keep_alive()
+    left = drain(source, 7)
+    assert [record.offset for record in (*polled, *left)] == list(range(8))
+    assert len(listener.seen) == 4
+    source.close()
+
+
+def test_a_member_whose_partitions_go_in_the_middle_of_a_batch_is_told(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 8)
+    one, two = group_source(kafka_server, unique), group_source(kafka_server, unique)
+    first, second = Starts(), Starts()
+    one.subscribe(first)
+    polled = drain(one, 1, max_records=1)
+    two.subscribe(second)
+
+    def hold_a_batch() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            one.keep_alive()
+            two.poll(1, 0.05)
+
+    with pytest.raises(Fenced):
+        hold_a_batch()
+    one.seek({polled[0].topic_partition: 0})
+    poll_until([one, two], lambda: len(first.seen) == len(second.seen) == 2)
+    assert not first.seen & second.seen
+    one.close()
+    two.close()
+
+
+class Member:
+    """A static member that polls in a thread of its own, as a worker does."""
+
+    def __init__(self, server: KafkaServer, topic: str, instance_id: str) -> None:
+        self.starts = Starts()
+        self._source = group_source(
+            server, topic, instance_id=instance_id, session_timeout_ms=30_000, join_wait_ms=5_000
+        )
+        self._source.subscribe(self.starts)
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._poll)
+        self._thread.start()
+
+    def _poll(self) -> None:
+        while not self._leaving.is_set():
+            self._source.poll(1, 0.1)
+
+    def leave(self) -> None:
+        self._leaving.set()
+        self._thread.join()
+        self._source.close()
+
+
+def test_a_static_member_that_restarts_gets_its_partitions_back(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique)
+    members = [Member(kafka_server, unique, f"w{number}") for number in range(2)]
+    try:
+        assert wait_until(
+            lambda: [len(member.starts.seen) for member in members] == [2, 2], timeout_s=90
+        )
+        before, kept = set(members[0].starts.seen), set(members[1].starts.seen)
+        members[0].leave()
+        members[0] = Member(kafka_server, unique, "w0")
+        assert wait_until(lambda: len(members[0].starts.seen) == 2, timeout_s=90)
+        assert members[0].starts.seen == before
+        assert members[1].starts.seen == kept
+    finally:
+        for member in members:
+            member.leave()
 
 
 def test_a_kafka_that_is_not_there_is_unavailable() -> None:

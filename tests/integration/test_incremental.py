@@ -209,6 +209,22 @@ def test_many_customers_are_read_together_and_alike(bundle: Exported) -> None:
     assert together.tokens_read <= alone.tokens_read  # customers of one text are read once
 
 
+def test_customers_whose_chapters_have_events_of_the_same_types_are_read_together(
+    bundle: Exported,
+) -> None:
+    """Their jobs look alike but for what is in their arrays."""
+    histories = [
+        [replace(one, entity_id=f"c{n}") for one in one_chapter(*[f"{n}"] * 3)] for n in range(6)
+    ]
+    embedder = embedder_of(bundle)
+    for cut in (1, 2, 3):
+        windows = [window_of(bundle.bundle, history[:cut]) for history in histories]
+        found = embedder.embed(windows)
+        fresh = embedder_of(bundle, cache=ChapterCache(0))
+        assert_same(found, range(len(windows)), fresh.embed(windows))
+    assert len(embedder.cache) == len(histories)
+
+
 def test_a_budget_holds_while_chapters_are_read_and_grow(bundle: Exported) -> None:
     budget = 600_000
     embedder = embedder_of(bundle, cache=ChapterCache(budget))

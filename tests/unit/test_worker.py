@@ -20,7 +20,13 @@ from llm4es.errors import (
     SinkUnavailable,
     SourceUnavailable,
 )
-from llm4es.events import Record, TopicPartition
+from llm4es.events import (
+    Record,
+    TopicPartition,
+    coordinates_id,
+    decode_object,
+    origin_headers,
+)
 from llm4es.features import FeatureRow
 from llm4es.testing import (
     Interrupted,
@@ -32,6 +38,7 @@ from llm4es.testing import (
 )
 from llm4es.windows import Window, WindowPolicy
 from stream_worker.dead_letters import FileDeadLetters
+from stream_worker.formats.decoding import Decode
 from stream_worker.metrics import Metrics, Summary
 from stream_worker.ports import LogDescription, LogIdentity, PartitionSpan
 from stream_worker.window_store.codec import encode_window
@@ -67,7 +74,9 @@ class Shop:
     happenings: dict[str, Happenings] = field(default_factory=dict)  # before "part.method"
     topic: str = "shop"
     deletion_key: DeletionKey | None = None
+    decode: Decode = decode_object
     first: int = 0  # offset at which partition 0 begins
+    wrap: Callable[[Parts], Parts] = lambda parts: parts
 
     def work(
         self,
@@ -85,12 +94,15 @@ class Shop:
             bundle=self.bundle,
             source=self.interrupted("source", source),
             store=self.interrupted("store", store),
-            embedder=PoisonedEmbedder(LengthEmbedder(self.bundle), self.poisonous),
+            embedder=self.interrupted(
+                "embedder", PoisonedEmbedder(LengthEmbedder(self.bundle), self.poisonous)
+            ),
             sink=self.interrupted("sink", self.sink),
             dead_letters=self.interrupted("letters", letters),
             metrics=self.metrics,
+            decode=self.decode,
         )
-        worker = Worker(parts, WorkerPolicy(**{"until_end": True, **policy}))
+        worker = Worker(self.wrap(parts), WorkerPolicy(**{"until_end": True, **policy}))
         try:
             worker.run(lambda: on_batch(worker))
         finally:
@@ -510,7 +522,11 @@ def test_a_tombstone_deletes_what_came_before_it_and_what_comes_after_begins_ane
 ) -> None:
     log = payments(6)
     log[3] = tombstone(log[3])
-    shop = Shop(tmp_path, log, deletion_key=KEY)
+    told: list[str] = []
+    happenings: dict[str, Happenings] = {
+        "embedder.forget": [lambda: told.append("what is cached goes")]
+    }
+    shop = Shop(tmp_path, log, deletion_key=KEY, happenings=happenings)
     shop.work(batches=iter(lambda: batch, 0), deletes=True, every_event=True)
     window = shop.window()
     assert window is not None
@@ -519,6 +535,7 @@ def test_a_tombstone_deletes_what_came_before_it_and_what_comes_after_begins_ane
         "e5",
     ]
     assert [row.last_event_id for row in shop.sink.offline] == ["e4", "e5"]
+    assert told == ["what is cached goes"]
     assert shop.sink.online["c1"].event_count == 2
     assert shop.metrics.registry.get_sample_value(
         "llm4es_events_total", {"outcome": "deleted"}
@@ -576,3 +593,58 @@ def test_a_tombstone_that_cannot_be_is_a_bad_record(tmp_path: Path, bad: str) ->
     assert reason in letter["reason"]
     assert letter["value"] is None
     assert shop.sink.online["c1"].event_count == 2
+
+
+def copied(record: Record, offset: int) -> Record:
+    """The record as `repartition` writes it into another topic, an hour later."""
+    return replace(
+        record, topic="shop", partition=0, offset=offset,
+        timestamp=START + timedelta(hours=1), headers=tuple(origin_headers(record)),
+    )  # fmt: skip
+
+
+def test_a_copied_record_is_the_same_event_at_the_same_time_wherever_it_stands(
+    tmp_path: Path,
+) -> None:
+    named = schema().model_copy(update={"event_id": None})
+    bundle = modelless_bundle(named, entity="customer", window=POLICY)
+    origins = records([payment(f"e{n}", n) for n in range(4)], partitions=1, topic="payments")
+    (tmp_path / "copies").mkdir()
+    copies = [copied(record, offset) for offset, record in enumerate(origins, 7)]
+    shop = Shop(tmp_path / "copies", copies, bundle=bundle)
+    shop.work()
+    row = shop.sink.online["c1"]
+    assert row.last_event_id == coordinates_id("payments", 0, 3)
+    assert row.as_of == origins[3].timestamp
+    window = shop.window()
+    assert window is not None
+    assert (window.topic, window.next_offset) == ("shop", 11)  # what is folded is physical
+
+
+def test_headers_that_no_repartition_wrote_make_a_bad_record(tmp_path: Path) -> None:
+    log = payments(3)
+    log[1] = replace(log[1], headers=(("llm4es.origin.topic", b"payments"),))
+    log[2] = replace(
+        log[2], headers=(*origin_headers(log[2])[:-1], ("llm4es.origin.timestamp_us", b"x"))
+    )
+    shop = Shop(tmp_path, log)
+    shop.work()
+    assert {letter["field"] for letter in shop.dead().values()} == {"headers"}
+    assert shop.sink.online["c1"].event_count == 1
+
+
+def test_a_schema_registry_that_is_away_is_waited_for_and_nothing_is_parked(
+    tmp_path: Path,
+) -> None:
+    away = iter([SourceUnavailable("the registry is away", retry_after_s=0.0)] * 3)
+
+    def decode(value: bytes) -> dict[str, Any]:
+        for error in away:
+            raise error
+        return decode_object(value)
+
+    shop = Shop(tmp_path, payments(3), decode=decode)
+    summary = shop.work()
+    assert shop.sink.online["c1"].event_count == 3
+    assert summary.dead_letters == {}
+    assert shop.metrics.registry.get_sample_value("llm4es_retries_total") == 3

@@ -1,5 +1,6 @@
 """A worker process of the fault suite: the real assembly, a light model, and a place to die at."""
 
+import faulthandler
 import logging
 import os
 import signal
@@ -62,6 +63,7 @@ def work(plan: Plan) -> None:
         stopping = True
 
     signal.signal(signal.SIGTERM, stop)
+    faulthandler.register(signal.SIGUSR1)  # where does it hang?
     try:
         with assembled_around(
             WorkerSettings(**plan.settings),

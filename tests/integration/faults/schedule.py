@@ -354,6 +354,8 @@ def _settle(play: Play, log: list[Record]) -> None:
                 f"not done after {DEADLINE_S:g} s: windows {sorted(stored.items())}, "
                 f"online {sorted(published.items())}, log {sorted(ends.items())}"
             )
+            for worker in play.workers:
+                worker.tell_where()
             return
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from signal import SIGCONT, SIGKILL, SIGSTOP
+from signal import SIGCONT, SIGKILL, SIGSTOP, SIGUSR1
 
 from feast import FeatureStore
 
@@ -156,6 +156,10 @@ class WorkerProcess:
         """Stop it as a paused virtual machine stops."""
         self._signal(SIGSTOP)
         self.frozen = True
+
+    def tell_where(self) -> None:
+        """Let it write its threads' stacks into its log."""
+        self._signal(SIGUSR1)
 
     def thaw(self) -> None:
         """Let it go on, knowing nothing."""

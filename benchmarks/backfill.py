@@ -1,0 +1,108 @@
+"""What Ray's actors give beside one process, on the same buckets, in the same run.
+
+    python -m benchmarks.backfill [--json] [--bundle build/demo/bundle] [--events LOG]
+
+Both read whole histories with one thread to a model. Opening a model, starting Ray and reading the
+log are left aside; handing buckets over and taking results back are not.
+
+    ray_vs_one_process    events/s of as many actors as there are cores over those of one process
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from llm4es.bundle import load_bundle
+from llm4es.engine import open_embedder
+from llm4es.events import Record
+from stream_worker.ops.buckets import BucketReader, Filled, bucket_of, fill_here
+from stream_worker.ops.ray_pool import ray_pool
+from stream_worker.sources.files import FileLog, FileRecordSource
+from stream_worker.worker import WorkerPolicy
+
+BUCKETS = 32
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Bundle (make demo makes one)")] = Path(
+        "build/demo/bundle"
+    ),
+    events: Annotated[Path, typer.Option(help="Its log")] = Path("build/demo/sample/events.jsonl"),
+    repeats: Annotated[int, typer.Option(min=1, help="Times that both are measured")] = 3,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")] = False,
+) -> None:
+    """Measure both in turns, and compare their rows."""
+    opened = load_bundle(bundle)
+    buckets = read_buckets(events, opened.schema.entity(opened.manifest.entity).field)
+    count = sum(map(len, buckets))
+    folder = bundle.resolve()
+
+    def open_reader() -> BucketReader:
+        loaded = load_bundle(folder)
+        return BucketReader(
+            loaded, open_embedder(loaded, device="cpu", threads=1, cache_bytes=0), WorkerPolicy()
+        )
+
+    cores = cast("int", machine()["cores"])
+    one = open_reader()
+    alone: list[float] = []
+    pooled: list[float] = []
+    with ray_pool(open_reader, actors=cores) as pool:
+        rows: list[set[Any]] = []
+        for _ in range(repeats):
+            ways: Sequence[tuple[list[float], Callable[[], Iterator[Filled]]]] = (
+                (alone, lambda: fill_here(lambda: one, buckets)),
+                (pooled, lambda: pool.fill(buckets)),
+            )
+            for seconds, fill in ways:
+                spent, found = timed(lambda: list(fill()))  # noqa: B023 - called at once
+                seconds.append(spent)
+                rows.append({(row.entity_id, row.as_of, row.embedding.tobytes())
+                             for filled in found for row in filled.rows})  # fmt: skip
+    if any(each != rows[0] for each in rows):
+        raise SystemExit("the two do not give the same rows")
+    rates = {"one process": count / median(alone), f"{cores} actors": count / median(pooled)}
+    report = {
+        "ratios": {"ray_vs_one_process": median(alone) / median(pooled)},
+        "events_per_s": rates,
+        "machine": machine(),
+    }
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    table = Table(title=f"backfill of {count:,} events, the same rows")
+    table.add_column("engine")
+    table.add_column("events/s", justify="right")
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate:,.0f}")
+    Console().print(table)
+    Console().print(f"ray_vs_one_process {report['ratios']['ray_vs_one_process']:.2f}")
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that it took, and what it gave."""
+    started = time.perf_counter()
+    found = work()
+    return time.perf_counter() - started, found
+
+
+def read_buckets(events: Path, key_field: str) -> list[list[Record]]:
+    """The log, cut by entity."""
+    source = FileRecordSource(FileLog(path=events, key_field=key_field))
+    found: dict[int, list[Record]] = {}
+    for record in source._read():  # noqa: SLF001 - without a worker's assignment
+        found.setdefault(bucket_of(record.key, BUCKETS), []).append(record)
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    typer.run(main)

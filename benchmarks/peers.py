@@ -1,0 +1,152 @@
+"""Peers: what else reads whole windows into vectors, on the same model and token ids.
+
+    python -m benchmarks.peers [--json] [--model PATH]
+
+Each peer gives the mean of the last hidden state over its tokens, in fp32 on one thread; lengths
+are padded as the peer pads. A peer that is not installed is left out, and named.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from transformers import AutoModel
+
+from benchmarks.engine_bundles import SMOL, bundle_of
+from benchmarks.machine import machine
+from benchmarks.timing import interleaved
+
+__all__ = ["LENGTHS", "open_peers", "rates"]
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = {"8x256": (256,) * 8, "ragged": (40, 80, 120, 180, 256, 360, 512, 900)}
+ROUNDS = 3
+
+Peer = Callable[[Sequence[NDArray[np.int64]]], object]
+
+
+def open_peers(model: Path) -> tuple[dict[str, Peer], list[str]]:
+    """Peers that are installed, by name, and the names of those that are not."""
+    torch.set_num_threads(1)
+    peers: dict[str, Peer] = {
+        "hf eager": _transformers(model, "eager"),
+        "hf sdpa": _transformers(model, "sdpa"),
+    }
+    missing = []
+    for name, package, opened in (
+        ("openvino", "openvino", _openvino),
+        ("sentence-transformers onnx", "sentence_transformers", _sentence_transformers),
+    ):
+        if find_spec(package) is None:
+            missing.append(name)
+        else:
+            peers[name] = opened(model)
+    return peers, missing
+
+
+def rates(peers: dict[str, Peer], vocabulary: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Useful tokens per CPU second, by the mix of lengths and by peer."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for mix, lengths in LENGTHS.items():
+        windows = [rng.integers(1, vocabulary, length) for length in lengths]
+        calls = {name: _call(peer, windows) for name, peer in peers.items()}
+        times = interleaved(calls, rounds)
+        found[mix] = {name: sum(lengths) / spent for name, spent in times.items()}
+    return found
+
+
+def _call(peer: Peer, windows: Sequence[NDArray[np.int64]]) -> Callable[[], object]:
+    return lambda: peer(windows)
+
+
+def _padded(windows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    longest = max(len(ids) for ids in windows)
+    ids = np.stack([np.pad(each, (0, longest - len(each))) for each in windows])
+    mask = np.stack([np.arange(longest) < len(each) for each in windows]).astype(np.int64)
+    return ids, mask
+
+
+def _transformers(folder: Path, attention: str) -> Peer:
+    model: Any = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+
+    def read(windows: Sequence[NDArray[np.int64]]) -> object:
+        ids, mask = (torch.from_numpy(each) for each in _padded(windows))
+        with torch.inference_mode():
+            states = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    return read
+
+
+def _openvino(folder: Path) -> Peer:
+    """OpenVINO's own conversion of the same module, fp32, one thread."""
+    import openvino as ov  # noqa: PLC0415 - an optional peer
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_cache=False).eval()
+    example = {
+        "input_ids": torch.ones(2, 8, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+    }
+    converted = ov.convert_model(model, example_input=example)
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(converted, "CPU", settings)
+
+    def read(windows: Sequence[NDArray[np.int64]]) -> object:
+        ids, mask = _padded(windows)
+        states = compiled({"input_ids": ids, "attention_mask": mask})[0]
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+
+    return read
+
+
+def _sentence_transformers(folder: Path) -> Peer:
+    """Sentence-transformers with its ONNX backend, which exports the folder by itself."""
+    from sentence_transformers import SentenceTransformer, models  # noqa: PLC0415 - optional
+
+    options = {"backend": "onnx", "model_args": {"provider": "CPUExecutionProvider"}}
+    with tempfile.TemporaryDirectory() as cache:
+        reader = models.Transformer(str(folder), cache_dir=cache, **options)
+        pooling = models.Pooling(reader.get_word_embedding_dimension(), "mean")
+        model: Any = SentenceTransformer(modules=[reader, pooling], device="cpu")
+
+    def read(windows: Sequence[NDArray[np.int64]]) -> object:
+        ids, mask = (torch.from_numpy(each) for each in _padded(windows))
+        with torch.inference_mode():
+            return model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+
+    return read
+
+
+def main(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for bundles")] = ROOT / "build/engine",
+    model: Annotated[str | None, typer.Option(help="SmolLM2-135M: folder or .gguf")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """Measure every peer that is installed."""
+    bundle = bundle_of(SMOL, out, surprise=False, model=model)
+    peers, missing = open_peers(bundle.folder / "model")
+    found = rates(peers, vocabulary=40_000, rounds=ROUNDS)
+    if as_json:
+        typer.echo(json.dumps({"tokens_per_s": found, "missing": missing, "machine": machine()}))
+        return
+    console = Console()
+    for mix, by_peer in found.items():
+        for name, rate in by_peer.items():
+            console.print(f"{mix:8} {name:28} {rate:8,.0f} tokens/s")
+    console.print(f"not installed: {', '.join(missing) or 'none'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

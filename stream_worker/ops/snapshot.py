@@ -1,0 +1,118 @@
+"""A window store as one SQLite file, and a fresh store from such a file.
+
+A snapshot holds each partition at the offset that stood before its windows were read: every window
+has folded the log up to there. One that a worker has moved on meanwhile has folded more, and skips
+what a start from the snapshot reads again.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llm4es.deletion import DeletionKey
+from llm4es.errors import BundleMismatch, ConfigError
+from llm4es.events import NO_OFFSETS, TopicPartition
+from llm4es.windows import Window
+from stream_worker.ports import LogIdentity, WindowStore
+from stream_worker.window_store.sqlite import SqliteWindowStore
+
+__all__ = ["restore_snapshot", "take_snapshot"]
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 500  # windows of one write
+
+
+def take_snapshot(
+    store: WindowStore, out: Path, bundle_id: str, *, deletion_key: DeletionKey | None = None
+) -> dict[TopicPartition, int]:
+    """Write all that a store holds into one file, and give the offsets it stands for.
+
+    The file appears whole. Raises ConfigError where there is one already, or nothing to take.
+    """
+    if out.exists():
+        raise ConfigError("out", f"{out} is there already", "name a file that is not")
+    if store.has_deleted():
+        raise ConfigError(
+            "window_store",
+            "it keeps what deletion leaves of entities, which a snapshot cannot hold: a start from "
+            "one could bring rows of theirs back",
+            "start from the log's beginning instead",
+        )
+    logs = _logs(store)
+    if not logs:
+        raise ConfigError(
+            "window_store", "it holds no windows of this bundle", "name the store a worker writes"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        path = Path(folder) / out.name
+        snapshot = SqliteWindowStore(path, bundle_id, deletion_key=deletion_key)
+        try:
+            offsets = _copy(store, snapshot)
+        finally:
+            snapshot.close()  # the write-ahead log goes into the file
+        path.rename(out)
+    return offsets
+
+
+def restore_snapshot(
+    path: Path, store: WindowStore, bundle_id: str, *, deletion_key: DeletionKey | None = None
+) -> dict[TopicPartition, int]:
+    """Fill a fresh store, and give the offsets it stands for now; nothing where it is not fresh.
+
+    Raises ConfigError for a file that is no snapshot, BundleMismatch for one of another bundle.
+    """
+    if store.topics():
+        log.info("the window store holds windows: the snapshot is not needed")
+        return {}
+    snapshot = SqliteWindowStore(path, bundle_id, read_only=True, deletion_key=deletion_key)
+    try:
+        if not snapshot.topics():
+            raise BundleMismatch(
+                f"snapshot {path}",
+                f"holds no windows of bundle {bundle_id}",
+                "take one with this bundle, or start without",
+            )
+        return _copy(snapshot, store)
+    finally:
+        snapshot.close()
+
+
+def _copy(source: WindowStore, target: WindowStore) -> dict[TopicPartition, int]:
+    """Windows, then offsets, then which log they are of: a crash before that leaves it fresh."""
+    logs = _logs(source)
+    offsets = {tp: at for identity in logs for tp, at in source.offsets(identity.topic).items()}
+    windows = source.scan(
+        [
+            TopicPartition(identity.topic, partition)
+            for identity in logs
+            for partition in range(identity.partitions)
+        ]
+    )
+    count = 0
+    for chunk in _chunks(windows):
+        with target.begin() as txn:
+            known = txn.load([window.entity_id for window in chunk])
+            for window in chunk:
+                txn.put(replace(window, version=known[window.entity_id].version))
+        count += len(chunk)
+    with target.begin() as txn:
+        txn.advance(offsets)
+    for identity in logs:
+        target.remember(identity, source.unproven(identity.topic) or NO_OFFSETS)
+    log.info("copied %d windows", count)
+    return offsets
+
+
+def _logs(store: WindowStore) -> list[LogIdentity]:
+    found = (store.identity(topic) for topic in sorted(store.topics()))
+    return [identity for identity in found if identity is not None]
+
+
+def _chunks(windows: Iterator[Window]) -> Iterator[list[Window]]:
+    while chunk := list({each.entity_id: each for each in islice(windows, _CHUNK)}.values()):
+        yield chunk

@@ -1,0 +1,83 @@
+"""What we write by hand is, byte for byte, what Feast's own messages give."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from feast.infra.online_stores.helpers import extract_text_and_num
+from feast.protos.feast.types.Value_pb2 import FloatList, Value
+from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm4es.feast.online import ViewTarget, encode_row, encode_timestamp, encode_vector
+from tests.feast_parts import BUNDLE_ID, apply, make_repo, make_spec, row
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Stream feature views are experimental:RuntimeWarning"),
+]
+
+MOMENTS = st.datetimes(datetime(1970, 1, 1), datetime(2262, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+OLD = st.datetimes(datetime(1700, 1, 1), datetime(2262, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> ViewTarget:
+    folder: Path = tmp_path_factory.mktemp("encoding")
+    spec = make_spec(folder / "bundle")
+    store = apply(make_repo(folder / "repo"), spec)
+    view = store.get_stream_feature_view(f"customer_llm4es_{BUNDLE_ID}")
+    return ViewTarget(store, view, "customer_id")
+
+
+@given(
+    entity=st.text(max_size=300),
+    event=st.text(max_size=300),
+    count=st.integers(0, 2**62),
+    last=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    when=OLD,
+)
+def test_a_row_is_what_feasts_messages_give(  # noqa: PLR0917 - hypothesis
+    target: ViewTarget, entity: str, event: str, count: int, last: float, when: datetime
+) -> None:
+    made = replace(
+        row(make_spec(Path(target.store.repo_path).parent / "bundle"), entity),
+        last_event_id=event,
+        event_count=count,
+        surprise_last=last,
+        last_event_time=when,
+    )
+    messages = {
+        "embedding": Value(float_list_val=FloatList(val=made.embedding)),
+        "surprise": Value(float_list_val=FloatList(val=made.surprise)),
+        "surprise_last": Value(float_val=last),
+        "event_count": Value(int64_val=count),
+        "last_event_id": Value(string_val=event),
+        "last_event_time": Value(unix_timestamp_val=int(when.timestamp())),
+        "bundle_id": Value(string_val=made.bundle_id),
+        "customer_id": Value(string_val=entity),
+    }
+    assert encode_row(made, target) == {
+        name: message.SerializeToString() for name, message in messages.items()
+    }
+    assert extract_text_and_num(messages["surprise_last"], compute_num=False)[0] == str(
+        float(np.float32(last))
+    )
+
+
+@given(moment=MOMENTS)
+def test_a_timestamp_is_what_protobuf_gives(moment: datetime) -> None:
+    message = Timestamp()
+    message.FromDatetime(moment)
+    due = (message.seconds, message.nanos, message.SerializeToString())
+    assert encode_timestamp(moment) == due
+    assert encode_timestamp(moment + timedelta(0)) == due
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 4_095, 4_096, 100_000])
+def test_vectors_of_any_length(size: int) -> None:
+    vector = np.arange(size, dtype=np.float32)
+    message = Value(float_list_val=FloatList(val=vector))
+    assert encode_vector(vector) == message.SerializeToString()
