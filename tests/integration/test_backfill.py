@@ -144,7 +144,7 @@ def test_killed_between_two_buckets_it_is_begun_anew_and_passes_over_what_stands
         store = made.store
         killed = replace(
             made,
-            store=Interrupted(store, "begin", [lambda: None] * 5 + [die]),  # type: ignore[arg-type]
+            store=Interrupted(store, "begin", [lambda: None] * 5 + [die]),
         )
         with pytest.raises(Crash):
             backfill(killed, lambda buckets: fill_here(open_reader, buckets))

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dev.servers import KafkaServer, RedisServer
+from dev.servers import RedisServer
 from llm4es.feast import open_sink
 from llm4es.feast.parts import list_parts
 from llm4es.features import FeatureRow
 from stream_worker.assembly import deletion_key_of, open_window_store
 from stream_worker.ops.audit import AuditReport, AuditRequest, opened_auditor
 from stream_worker.ops.audit_metrics import AuditMetrics
+from tests.histories import write_jsonl
 from tests.integration.ops.worlds import CUSTOMERS, Live, documents
 
 pytestmark = [
@@ -25,12 +26,11 @@ VICTIM = "cust-03"
 
 
 @pytest.fixture(scope="module")
-def live(
-    kafka_server: KafkaServer, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
-) -> Live:
+def live(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Live:
+    folder = tmp_path_factory.mktemp("audited")
+    log = write_jsonl(folder / "log.jsonl", documents(21, 200))
     online = f'{{type: redis, connection_string: "{redis_server.address},db=7"}}'
-    found = Live(tmp_path_factory.mktemp("audited"), "audited", kafka=kafka_server, online=online)
-    found.produce(documents(21, 200))
+    found = Live(folder / "live", "log.jsonl", events=log, online=online)
     found.work()
     return found
 
