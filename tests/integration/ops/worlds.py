@@ -15,8 +15,10 @@ from feast import FeatureStore
 
 from dev.servers import KafkaServer
 from llm4es.bundle import Bundle
+from llm4es.deletion import DeletionKey
 from llm4es.feast import define
 from llm4es.feast.definitions import view_spec
+from llm4es.feast.deletions import Deletions
 from llm4es.feast.journal import recover_journals
 from llm4es.feast.parts import list_parts
 from llm4es.features import FeatureRow, view_name
@@ -152,7 +154,7 @@ class Live:
 
     def offline_rows(self) -> dict[tuple[str, Any], tuple[Any, ...]]:
         """By (entity, as_of); rows that stand twice must be the same."""
-        recover_journals(self.offline)
+        recover_journals(self.offline, Deletions(self.offline, DeletionKey(KEY)))
         found: dict[tuple[str, Any], tuple[Any, ...]] = {}
         for part in list_parts(self.offline):
             for row in pa.Table.to_pylist(pq.ParquetFile(part).read()):
