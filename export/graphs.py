@@ -208,7 +208,7 @@ def _attention(
     reading = _READING.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # a number on every architecture
     output, present = reading.attend(
-        query, key, value, reading.past[layer], reading, scaling or query.shape[-1] ** -0.5
+        query, key, value, reading.past[layer], reading, scaling or int(query.shape[-1]) ** -0.5
     )
     reading.present[layer] = present
     return output, None

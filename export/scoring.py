@@ -33,6 +33,7 @@ __all__ = [
 ScorerName = Literal["lightgbm", "logistic"]
 Metric = Callable[[NDArray[np.int8], NDArray[np.float32], NDArray[np.float64]], NDArray[np.float64]]
 
+_LEAF = 50
 # The authors' downstream. MaxAbsScaler, which they put before it, changes no tree.
 LIGHTGBM = {
     "objective": "binary",
@@ -43,7 +44,7 @@ LIGHTGBM = {
     "max_depth": 6,
     "lambda_l1": 1.0,
     "lambda_l2": 1.0,
-    "min_data_in_leaf": 50,
+    "min_data_in_leaf": _LEAF,
     "seed": 42,
     "deterministic": True,
     "force_col_wise": True,  # else it times both, and the choice may differ from run to run
@@ -214,6 +215,10 @@ def _fit_trees(
     threads: int,
 ) -> NDArray[np.float32]:
     matrix = features.matrix
+    if len(train) < 2 * _LEAF or not np.ptp(matrix[train], axis=0).any():
+        # LightGBM stops with an error where there is no split to be tried.
+        prior = np.average(task.labels[train], weights=task.weights[train])
+        return np.full(len(test), prior, dtype=np.float32)
     data = lightgbm.Dataset(matrix[train], task.labels[train], weight=task.weights[train])
     model = lightgbm.train({**LIGHTGBM, "num_threads": threads}, data, num_boost_round=_TREES)
     return np.asarray(model.predict(matrix[test], num_threads=threads), dtype=np.float32)
