@@ -172,6 +172,8 @@ def _coles(scene: Scene, seed: int) -> NDArray[np.float32]:
 
 
 def _varying(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Leave out columns that say the same of all rows."""
-    found: NDArray[np.float32] = matrix[:, np.ptp(matrix, axis=0) > 0]
+    """Leave out columns that say the same of all rows, but for one where all do."""
+    varies = np.ptp(matrix, axis=0) > 0
+    varies[0] |= not varies.any()
+    found: NDArray[np.float32] = matrix[:, varies]
     return found
