@@ -229,7 +229,8 @@ def compressed(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     """Principal components (n, at most 32) of standardised vectors."""
     standard = StandardScaler().fit_transform(vectors)
     width = min(_COMPONENTS, *standard.shape)
-    found: NDArray[np.float64] = PCA(width, random_state=0).fit_transform(standard)
+    with np.errstate(invalid="ignore"):  # a share of no variance, where all rows are alike
+        found: NDArray[np.float64] = PCA(width, random_state=0).fit_transform(standard)
     return found
 
 

@@ -36,7 +36,7 @@ __all__ = [
 MATCHED = "__matched_us"  # timestamp of the row that was found, microseconds since 1970
 _ROW, _FLOOR, _CEIL = "__row", "__floor", "__ceil"
 _PLACE = "file_index, file_row_number"  # columns that DuckDB gives every file
-_RETRIES = 4
+_RETRIES = 50  # each loses to one merge: a reader that is slow may lose to many
 _T = TypeVar("_T")
 
 
