@@ -147,6 +147,13 @@ def test_the_header_is_pooled_as_the_paper_does(
 def test_a_study_goes_from_official_files_to_a_report_on_every_class(tmp_path: Path) -> None:
     (tmp_path / "official").mkdir()
     OFFICIAL["sberbank-age"](tmp_path / "official")
+    log = ["client_id,trans_date,small_group,amount_rur"]
+    log += [
+        f"{client},{day},{(4, 35, 11)[(client * day) % 3]},{10 + client}.5"
+        for client in range(20)
+        for day in range(3 + client % 5)
+    ]
+    (tmp_path / "official" / "transactions_train.csv").write_text("\n".join(log))
     chosen = write_recipe(tmp_path / "recipe.yaml", {"training": {"steps": 3}})
     wanted = Study(
         name="sberbank-age",
