@@ -355,7 +355,7 @@ def test_workers_that_run_are_seen_before_their_view_is_removed(
         bootstrap_servers=kafka_server.bootstrap_servers, group_id=f"llm4es-customer-{OLD}"
     )
     worker.subscribe([unique])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not worker.assignment():
         worker.poll(timeout_ms=100)
         assert time.monotonic() < deadline
