@@ -37,7 +37,7 @@ from export.parity import measure_parity, random_chapters, refuse_disparity
 from export.pooling import export_bundled, header_sums, resolve_pooling
 from export.projection import learn_projection
 from export.readers import Reader, open_reader
-from export.recipe import Recipe, in_utc
+from export.recipe import Recipe
 from llm4es.bundle import (
     ARRAYS,
     CACHED_GRAPH,
@@ -196,7 +196,7 @@ def _read(request: Request) -> _Material:
             request.enriched,
             rendering=renderer.sha256,
             held_out=held_out,
-            before=in_utc(training.before),
+            before=training.before,
         )
     return _Material(
         schema=schema,
@@ -213,14 +213,15 @@ def _known_before(log: EventLog, moment: datetime | None) -> EventLog:
     """Leave out what had not occurred then: a model must not know a later test period."""
     if moment is None:
         return log
-    cut = in_utc(moment)
     known = {
-        entity_id: history[: bisect_left([event.occurred_at for event in history], cut)]
+        entity_id: history[: bisect_left([event.occurred_at for event in history], moment)]
         for entity_id, history in log.histories.items()
     }
     histories = {entity_id: history for entity_id, history in known.items() if history}
     if not histories:
-        raise ConfigError("training.before", f"no event occurred before {cut}", "name a later time")
+        raise ConfigError(
+            "training.before", f"no event occurred before {moment}", "name a later time"
+        )
     return replace(log, histories=histories)
 
 

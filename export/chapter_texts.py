@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from export.corpus import EventLog, held_out_entities, learn_buckets
-from export.recipe import Recipe, in_utc
+from export.recipe import Recipe
 from llm4es.errors import ConfigError
 from llm4es.events import Event
 from llm4es.rendering import FORMATS, Renderer
@@ -84,7 +84,7 @@ def other_renderers(
 
 def _learnt_from(log: EventLog, recipe: Recipe) -> dict[str, list[Event]]:
     held_out = held_out_entities(log.histories, recipe.training.held_out_share)
-    before = in_utc(recipe.training.before)
+    before = recipe.training.before
     return {
         entity_id: known
         for entity_id, history in log.histories.items()

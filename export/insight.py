@@ -14,6 +14,7 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
 from export.baselines import event_terms
+from export.choices import SURPRISE
 from export.evaluate import Evaluated
 from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.events import Event
@@ -153,7 +154,7 @@ def shaded_history(evaluated: Evaluated) -> ShadedHistory | None:
     bundle, spec = evaluated.bundle, evaluated.bundle.manifest.surprise
     if spec is None:
         return None
-    scores = evaluated.best("surprise").predictions
+    scores = evaluated.best(SURPRISE).predictions
     judged = (
         (evaluated.task.labels == 1)
         & np.isfinite(scores)

@@ -8,10 +8,10 @@ import math
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llm4es.bundle import SurpriseSpec
 from llm4es.errors import ConfigError
@@ -27,7 +27,6 @@ __all__ = [
     "Recipe",
     "Shape",
     "Training",
-    "in_utc",
     "load_recipe",
     "recipe_text",
     "shipped_recipes",
@@ -78,13 +77,19 @@ class Training(FrozenModel):
     beta2: float = Field(default=0.95, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     held_out_share: float = Field(default=0.15, gt=0, lt=1)  # of the entities
-    before: datetime | None = None  # events from here on are not learnt from
+    before: datetime | None = None  # events from here on are not learnt from; UTC without a zone
     seed: int = 7
     precision: Literal["fp32", "bf16", "auto"] = "fp32"  # auto: bf16 where it is native
     gradient_checkpointing: bool = False
     lora: Lora | None = None
     save_steps: int = Field(default=200, ge=1)  # how much a kill costs at most
     patience: int | None = Field(default=None, ge=1)  # looks at held-out loss without a better one
+
+    @field_validator("before")
+    @classmethod
+    def _in_utc(cls, before: datetime | None) -> datetime | None:
+        naive = before is not None and before.tzinfo is None
+        return before.replace(tzinfo=UTC) if before is not None and naive else before
 
 
 class Pooled(FrozenModel):
@@ -143,18 +148,6 @@ class Recipe(FrozenModel):
         training = self.training.model_dump() | {k: v for k, v in given.items() if v is not None}
         document = self.model_dump() | {"training": training}
         return _validate(document | ({} if model is None else {"model": model}), "recipe")
-
-
-@overload
-def in_utc(moment: datetime) -> datetime: ...
-@overload
-def in_utc(moment: None) -> None: ...
-@overload
-def in_utc(moment: datetime | None) -> datetime | None: ...
-def in_utc(moment: datetime | None) -> datetime | None:
-    """Read a recipe's time without a zone as UTC."""
-    naive = moment is not None and moment.tzinfo is None
-    return moment.replace(tzinfo=UTC) if moment is not None and naive else moment
 
 
 def shipped_recipes() -> list[str]:

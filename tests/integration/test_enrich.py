@@ -27,7 +27,7 @@ from export.enrich import (
 )
 from export.models import BEGIN, new_llama, train_tokenizer, wrap_tokenizer
 from export.paraphrasers import API_KEY_VARIABLE, Ask, Endpoint, Sampling, open_local_model
-from export.recipe import Shape, load_recipe
+from export.recipe import Shape, Training, load_recipe
 from llm4es.errors import ConfigError, SourceUnavailable
 from tests.commands import Background, run
 from tests.histories import SCHEMA_YAML, payment, schema, write_jsonl
@@ -182,7 +182,7 @@ def test_held_out_entities_and_later_events_are_never_enriched(log_file: Path) -
     assert len({text.entity_id for text in texts}) < len(log.histories)
     assert max(len(text.lines) for text in texts) <= 8
     cut = texts[0].until.replace(tzinfo=None)
-    training = recipe.training.model_copy(update={"before": cut})
+    training = Training.model_validate(recipe.training.model_dump() | {"before": cut})
     early = training_texts(
         log, schema(), recipe.model_copy(update={"training": training}), max_events=8
     )
