@@ -15,7 +15,7 @@ demo: ## simulated events become fresh embeddings that stock Feast reads (needs 
 
 test: ## everything, against real Kafka and Redis
 	@sh dev/setup.sh dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 soak: setup ## 200 seeded schedules of kills, lost stores and broken connections (about 25 minutes)
 	$(PY) -m tests.integration.faults.soak

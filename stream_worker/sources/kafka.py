@@ -140,6 +140,7 @@ class KafkaRecordSource:
             coordinator = self._consumer._coordinator  # noqa: SLF001 - see `KafkaGroup`
             if self._join_wait_ms and coordinator.need_rejoin():
                 coordinator.poll(timeout_ms=self._join_wait_ms)
+            self._ask_for_the_topic()
             found = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         self._place_assigned()
         batches = {
@@ -270,6 +271,17 @@ class KafkaRecordSource:
         if self._unplaced:
             self.seek(self._listener.assigned(sorted(self._unplaced)))
             self._unplaced = set()
+
+    def _ask_for_the_topic(self) -> None:
+        """Ask again while the client does not know the topic.
+
+        kafka-python forgets what it was asked for while an older request was on its way
+        (`ClusterMetadata.update_metadata`), and a leader that knows no partitions gives none
+        until the metadata's age, five minutes.
+        """
+        cluster = self._consumer._cluster  # noqa: SLF001
+        if self._group is not None and not cluster.partitions_for_topic(self._topic):
+            cluster.request_update()
 
     def _group_owns_all(self) -> bool:
         """Whether others have what we have not: a leader that knows no partitions gives none."""

@@ -461,6 +461,35 @@ def test_a_lone_member_is_not_at_the_end_before_it_was_given_its_partitions(
     source.close()
 
 
+def test_a_topic_that_the_client_has_forgotten_to_ask_for_is_asked_for_again(
+    kafka_server: KafkaServer, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_topics(kafka_server, unique, partitions=1)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 3)
+    source = shop_source(kafka_server, unique)
+    source.subscribe(Starts())
+    cluster = source._consumer._cluster  # noqa: SLF001
+    asked: list[object] = []
+
+    def on_its_way_before_the_topic_was_named(request: Callable[[], Any]) -> Callable[[], Any]:
+        def stale() -> Any:  # noqa: ANN401 - kafka-python has no types
+            asked.append(None)
+            made = request()
+            if len(asked) <= 2:  # the first one, and what the group's leader asks for
+                made.topics = []
+            return made
+
+        return stale
+
+    monkeypatch.setattr(
+        cluster, "metadata_request", on_its_way_before_the_topic_was_named(cluster.metadata_request)
+    )
+    cluster._partitions = {}  # noqa: SLF001
+    assert len(drain(source, 3)) == 3
+    assert len(asked) > 2
+    source.close()
+
+
 def test_a_member_of_a_group_whose_leader_knows_no_partitions_is_not_at_the_end(
     kafka_server: KafkaServer, unique: str
 ) -> None:
