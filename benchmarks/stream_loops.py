@@ -141,7 +141,6 @@ def served(order: Order) -> Result:
     settings = WorkerSettings(**order["settings"], until_end=order["until_end"])
     with assembled(settings) as built:
         relax_gc()
-        print("ready", file=sys.stderr, flush=True)  # noqa: T201 - read by the benchmark
         started = time.perf_counter()
 
         def stop_at_the_end() -> None:

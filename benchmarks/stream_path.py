@@ -31,11 +31,16 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from benchmarks.stream_parts import bench_bundle, documents
-from dev.servers import KafkaServer, RedisServer, create_topic
+from dev.servers import KafkaServer, RedisServer, create_topic, wait_until
 from llm4es.bundle import load_bundle
 from llm4es.feast import define
 from llm4es.feast.definitions import view_spec
-from stream_worker.sources.kafka_client import KafkaProducer
+from stream_worker.sources.kafka_client import (
+    KafkaProducer,
+    KafkaSettings,
+    admin,
+    group_members,
+)
 
 CUSTOMERS = 2_000
 PARTITIONS = 4
@@ -159,7 +164,7 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     order["settings"] |= {"bundle": str(bundle), "threads": 1, "poll_timeout_ms": 20}
     order["until_end"] = False
     with start("served", order) as process:
-        _await_ready(process)
+        _await_member(bench, process, "half")
         produce(bench, "half", lines, "customer_id", per_second=rate / 2)
         out, err = process.communicate(timeout=DEADLINE_S)
     if process.returncode:
@@ -168,12 +173,14 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     return ages[len(ages) // 10 :], rate  # the first tenth falls into the group's forming
 
 
-def _await_ready(process: "subprocess.Popen[str]") -> None:
-    for line in process.stderr or ():
-        if line.strip() == "ready":
-            time.sleep(2.0)  # the group forms with its first polls
-            return
-    raise RuntimeError("the worker did not start")
+def _await_member(bench: Bench, process: "subprocess.Popen[str]", group: str) -> None:
+    """Wait until the worker has joined its group, so that its first event waits for nothing."""
+    settings = KafkaSettings(bootstrap_servers=bench.kafka.bootstrap_servers)
+    with admin(settings) as client:
+        if not wait_until(
+            lambda: process.poll() is not None or group_members(client, group) > 0, timeout_s=120
+        ):
+            raise RuntimeError("the worker did not join its group")
 
 
 def _run(name: str, order: Mapping[str, Any]) -> dict[str, Any]:

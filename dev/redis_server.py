@@ -1,7 +1,7 @@
 """Redis, as a child process."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -14,7 +14,7 @@ from redis.retry import Retry
 from dev.certificates import Certificates
 from dev.processes import LOOPBACK, ServerFailed, ServerProcess, free_port, on_a_free_port
 
-__all__ = ["RedisServer"]
+__all__ = ["RedisServer", "answering"]
 
 _START_TIMEOUT_S = 30.0
 
@@ -25,7 +25,8 @@ class RedisServer:
     With "everysec" a killed *machine* loses up to a second, a killed process nothing it
     acknowledged; with "none" every restart loses all. Without `port` a free one is chosen at the
     first start and kept from then on. With `certificates` it listens with TLS as well, on a port of
-    its own; `users` are further ACL rules by name, as `on >PASSWORD ~* +@all`.
+    its own; `users` are further ACL rules by name, as `on >PASSWORD ~* +@all`, and `options` are
+    further words of its command.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class RedisServer:
         persistence: Literal["always", "everysec", "none"] = "everysec",
         certificates: Certificates | None = None,
         users: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
+        self._options = list(options)
         self._certificates = certificates
         self._users = dict(users or {})
         self._tls_port = 0
@@ -133,7 +136,7 @@ class RedisServer:
         else:
             persistence = ["--appendonly", "yes", "--appendfsync", self._persistence]
         # No snapshots beside the append-only file: what a restart brings back is one thing.
-        settings = [*listening, *self._encrypted(port), *persistence, "--save", ""]
+        settings = [*listening, *self._encrypted(port), *persistence, "--save", "", *self._options]
         for name, rules in self._users.items():
             settings += ["--user", name, *rules.split()]
         return [program, "--daemonize", "no", *settings]
@@ -151,19 +154,24 @@ class RedisServer:
         ]  # fmt: skip
 
     def _answers(self, port: int) -> bool:
-        client = Redis(
-            host=LOOPBACK,
-            port=port,
-            socket_timeout=2.0,
-            socket_connect_timeout=2.0,
-            retry=Retry(NoBackoff(), 0),  # we do the asking again
-        )
-        try:
-            client.ping()  # refused while it loads its data
-            server = client.info("server")
-        except RedisError:
-            return False
-        finally:
-            client.close()
         # Ours, and not one that had the port before it and still has.
-        return isinstance(server, dict) and server["process_id"] == self._process.pid
+        return answering(port) == self._process.pid
+
+
+def answering(port: int) -> int | None:
+    """Process id of the Redis that answers there; None where none does."""
+    client = Redis(
+        host=LOOPBACK,
+        port=port,
+        socket_timeout=2.0,
+        socket_connect_timeout=2.0,
+        retry=Retry(NoBackoff(), 0),  # the caller does the asking again
+    )
+    try:
+        client.ping()  # refused while it loads its data
+        server = client.info("server")
+    except RedisError:
+        return None
+    finally:
+        client.close()
+    return int(server["process_id"]) if isinstance(server, dict) else None

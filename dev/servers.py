@@ -13,6 +13,15 @@ when the process that started it dies.
 
 from dev.kafka_server import KafkaServer, create_topic
 from dev.processes import ServerFailed, wait_until
+from dev.redis_groups import RedisClusterServers, RedisSentinelServers
 from dev.redis_server import RedisServer
 
-__all__ = ["KafkaServer", "RedisServer", "ServerFailed", "create_topic", "wait_until"]
+__all__ = [
+    "KafkaServer",
+    "RedisClusterServers",
+    "RedisSentinelServers",
+    "RedisServer",
+    "ServerFailed",
+    "create_topic",
+    "wait_until",
+]

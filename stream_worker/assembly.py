@@ -31,6 +31,7 @@ from stream_worker.sources.files import FileLog, FileRecordSource
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
 from stream_worker.tracing import tracing
 from stream_worker.window_store.redis import RedisWindowStore
+from stream_worker.window_store.redis_client import SCHEMES
 from stream_worker.window_store.sqlite import SqliteWindowStore
 from stream_worker.worker import Parts, Worker, WorkerPolicy
 
@@ -176,11 +177,11 @@ def open_window_store(
             read_only=read_only,
             deletion_key=deletion_key_of(settings),
         )
-    if scheme in {"redis", "rediss", "unix"}:
+    if scheme in SCHEMES:
         return RedisWindowStore(url, bundle.id, deletion_key=deletion_key_of(settings))
     raise ConfigError(
         "window_store",
-        "its scheme is none of sqlite, redis, rediss and unix",
+        f"its scheme is none of sqlite, {', '.join(SCHEMES)}",
         "write sqlite:PATH or redis://:PASSWORD@host:port/db, special characters %-encoded",
     )
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
+from pythonjsonlogger.json import JsonFormatter
 
 from stream_worker.settings import ENV_PREFIX, SettingsProblem, WorkerSettings, load_settings
 
@@ -114,7 +115,7 @@ def run(
     """Fold a log into windows and publish a fresh row for each entity that changed."""
     from stream_worker.running import run_worker  # noqa: PLC0415 - heavy
 
-    _log_to_stderr(verbose=verbose)
+    _log_to_stderr(verbose=verbose, as_json=settings.log_format == "json")
     run_worker(settings, live=live, as_json=as_json)
 
 
@@ -482,11 +483,17 @@ def _fail(line: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _log_to_stderr(*, verbose: bool) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+def _log_to_stderr(*, verbose: bool, as_json: bool = False) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter(
+            "%(levelname)s %(name)s %(message)s",
+            rename_fields={"levelname": "level", "name": "logger"},
+            timestamp="time",
+        )
+        if as_json
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     # kafka-python tells of every reconnect; what matters of them is raised or logged by us.
     logging.getLogger("kafka").setLevel(logging.ERROR)

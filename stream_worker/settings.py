@@ -99,7 +99,8 @@ class WorkerSettings(BaseSettings):
 
     window_store: SecretStr = Field(
         SecretStr("sqlite:build/state/windows.db"),
-        description="sqlite:PATH for one worker, redis://... for a group",
+        description="sqlite:PATH for one worker; redis://..., redis+sentinel://... or "
+        "redis+cluster://... for a group",
     )
     deletion_key: SecretStr | None = Field(
         None, description="Hashes ids of deleted entities; tombstones are bad records without it"
@@ -155,6 +156,9 @@ class WorkerSettings(BaseSettings):
     kv_spill_bytes: int = Field(16 << 30, ge=0, description="Most that is written there")
     metrics_port: int | None = Field(
         None, ge=1, le=65_535, description="Serve Prometheus metrics here"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How what is logged is written to stderr"
     )
     trace_endpoint: str | None = Field(
         None, description="Send traces of batches here by OTLP over HTTP (extra: otel)"

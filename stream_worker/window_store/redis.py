@@ -10,16 +10,18 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from hashlib import sha1
 from itertools import count, islice
 from typing import Any, cast
-from urllib.parse import urlsplit
 
-import redis
+from redis.cluster import RedisCluster
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     NoPermissionError,
+    NoScriptError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -31,6 +33,7 @@ from llm4es.windows import Window
 from stream_worker.ports import NO_OFFSETS, LogIdentity, WindowTransaction
 from stream_worker.window_store.batch import Batch
 from stream_worker.window_store.codec import decode_window, encode_window
+from stream_worker.window_store.redis_client import open_client
 
 __all__ = ["RedisWindowStore"]
 
@@ -48,6 +51,7 @@ redis.call('HSET', KEYS[place], 'version', ARGV[1] + 1, 'record', ARGV[2])
 if KEYS[2] then redis.call('DEL', KEYS[3 - place]) end
 return 1
 """
+_COMPARE_AND_SET_SHA = sha1(_COMPARE_AND_SET.encode()).hexdigest()  # noqa: S324 - Redis' name
 # KEYS[1] offsets of a topic; ARGV[1] how many pairs (partition, offset known to be held) come
 # first, then pairs (partition, next offset). 0, and nothing written, where less is held.
 _ADVANCE = """
@@ -65,9 +69,7 @@ end
 return 1
 """
 _GONE = -1
-_TIMEOUT_S = 5.0
 _CHUNK = 500  # windows of one round trip of a scan
-_REMEDY = "write redis://:PASSWORD@host:port/db, special characters %-encoded"
 
 
 class RedisWindowStore:
@@ -82,10 +84,10 @@ class RedisWindowStore:
     ) -> None:
         self._prefix = f"llm4es:{bundle_id}"
         self._deletion_key = deletion_key
-        self._client = _client(url)
-        self._compare_and_set = self._client.register_script(_COMPARE_AND_SET)
-        self._advance = self._client.register_script(_ADVANCE)
         with _mapped():
+            self._client = open_client(url)
+            self._cluster = isinstance(self._client, RedisCluster)
+            self._advance = self._client.register_script(_ADVANCE)
             self._client.ping()
             self._agree_on_key()
             self._warn_of_eviction()
@@ -183,16 +185,18 @@ class RedisWindowStore:
         self._client.close()
 
     def _warn_of_eviction(self) -> None:
+        nodes = {"target_nodes": RedisCluster.PRIMARIES} if self._cluster else {}
         try:
-            found = cast("dict[str, Any]", self._client.info("memory"))
+            found = self._client.info("memory", **nodes)
         except (NoPermissionError, ResponseError):
             return  # some that are managed do not tell
-        policy = found.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
+        told = found.values() if self._cluster else [found]
+        policies = {each.get("maxmemory_policy", "noeviction") for each in told}
+        if policies != {"noeviction"}:
             log.warning(
                 "Redis evicts what it has no memory for (%s): a window that is evicted would be "
                 "folded anew without its past; set maxmemory-policy noeviction",
-                policy,
+                ", ".join(sorted(policies)),
             )
 
     def _load(self, keys: Mapping[str, str]) -> dict[str, Window]:
@@ -243,26 +247,39 @@ class RedisWindowStore:
         if self._deletion_key is None and any(w.deleted for w in batch.pending.values()):
             raise DeletionKey.needed()
         if batch.pending:
-            # A pipeline of scripts loads them itself where the server forgot them.
-            pipeline = self._client.pipeline(transaction=False)
-            for window in batch.pending.values():
-                places = self._places(window.entity_id)
-                self._compare_and_set(
-                    keys=places,
-                    args=[
-                        window.version,
-                        encode_window(window),
-                        len(places) if window.deleted else 1,
-                    ],
-                    client=cast("Any", pipeline),
-                )
-            answers = _answers(pipeline)
+            answers = self._compare_and_set(list(batch.pending.values()))
             if _GONE in answers:
                 msg = "the window store has lost a window that was read from it"
                 raise StoreLost(msg)
             if not all(answers):
                 msg = "another worker has written a window of this batch"
                 raise Fenced(msg)
+
+    def _compare_and_set(self, windows: Sequence[Window]) -> list[int]:
+        """Write each where its version stands; in one round trip, if the server has the script."""
+        calls = []
+        for window in windows:
+            places = self._places(window.entity_id)
+            place = len(places) if window.deleted else 1
+            calls.append((len(places), *places, window.version, encode_window(window), place))
+        answers = self._evaluate(calls)
+        # One that the server has forgotten, or that a node of a Cluster never had.
+        unknown = [at for at, each in enumerate(answers) if isinstance(each, NoScriptError)]
+        if unknown:
+            self._client.script_load(_COMPARE_AND_SET)
+            for at, answer in zip(
+                unknown, self._evaluate([calls[i] for i in unknown]), strict=True
+            ):
+                answers[at] = answer
+        _raise_first(answers)
+        return answers
+
+    def _evaluate(self, calls: "Sequence[tuple[Any, ...]]") -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for call in calls:  # as a Cluster's pipeline takes them too: it has no `evalsha`
+            pipeline.execute_command("EVALSHA", _COMPARE_AND_SET_SHA, *call)
+        answers: list[Any] = pipeline.execute(raise_on_error=False)
+        return answers
 
     def _write_offsets(self, batch: Batch) -> None:
         for topic in {tp.topic for tp in batch.next_offsets}:
@@ -290,38 +307,22 @@ def _tags() -> list[str]:
     return [tags[slot] for slot in range(REDIS_CLUSTER_HASH_SLOTS)]
 
 
-def _client(url: str) -> "redis.Redis":
-    """Make a client. What is wrong with a URL is not told: it may be a piece of the password."""
-    try:
-        parts = urlsplit(url)
-        misplaced = "@" in parts.path or "@" in parts.query or parts.fragment
-        if misplaced or (parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path)):
-            raise _malformed()
-        client = redis.Redis.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-        )
-        client.connection_pool.make_connection()  # refuses options that it does not know
-    except (ValueError, TypeError, AttributeError):
-        raise _malformed() from None
-    return client
-
-
 def _literal(text: str) -> str:
     """Text as a pattern of SCAN that matches itself."""
     return re.sub(r"([\\*?\[\]])", r"\\\1", text)
 
 
-def _malformed() -> ConfigError:
-    return ConfigError("window_store", "is no Redis URL", _REMEDY)
-
-
 def _answers(pipeline: Any) -> Sequence[Any]:  # noqa: ANN401 - redis-py's pipelines are loosely typed
     """Execute. redis-py's own `raise_on_error` would put the key, and so an entity's id, in."""
     answers: list[Any] = pipeline.execute(raise_on_error=False)
+    _raise_first(answers)
+    return answers
+
+
+def _raise_first(answers: Iterable[Any]) -> None:
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
-    return answers
 
 
 @contextmanager
@@ -332,7 +333,7 @@ def _mapped() -> Iterator[None]:
         raise ConfigError(
             "window_store", f"Redis refuses us ({error})", "mend user and password in its URL"
         ) from error
-    except RedisError as error:
+    except (RedisError, RedisClusterException) as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise ConfigError(
                 "window_store",

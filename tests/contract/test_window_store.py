@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from redis import Redis
 
-from dev.servers import RedisServer
+from dev.servers import RedisClusterServers, RedisSentinelServers, RedisServer, wait_until
 from llm4es.deletion import DeletionKey
 from llm4es.errors import ConfigError, Fenced, LLM4ESError, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition
@@ -35,7 +35,13 @@ KEY = DeletionKey("a key of tests alone")
 P0, P1 = TopicPartition("shop", 0), TopicPartition("shop", 1)
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(scope="module")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisClusterServers]:
+    with RedisClusterServers(tmp_path_factory.mktemp("cluster")) as servers:
+        yield servers
+
+
+@pytest.fixture(params=["sqlite", "redis", "redis cluster"])
 def opener(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterator[Opener]:
     """Opens stores of one server: two of them are two workers."""
     opened: list[WindowStore] = []
@@ -47,8 +53,10 @@ def opener(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Itera
     if request.param == "sqlite":
         yield lambda bundle: keep(SqliteWindowStore(tmp_path / "windows.db", bundle))
     else:
-        redis: RedisServer = request.getfixturevalue("redis_server")
-        yield lambda bundle: keep(RedisWindowStore(redis.url, f"{unique}-{bundle}"))
+        servers: Any = request.getfixturevalue(
+            "redis_server" if request.param == "redis" else "redis_cluster"
+        )
+        yield lambda bundle: keep(RedisWindowStore(servers.url, f"{unique}-{bundle}"))
     for store in opened:
         store.close()
 
@@ -389,6 +397,14 @@ def test_a_redis_that_would_evict_windows_is_warned_of(
         "redis://:hunter2@host:6379/0?db=hunter2",
         "redis://:hunter2@host:6379/0?hunter2=1",
         "hunter2@host:6379",
+        "redis+cluster://:hunter2@host",
+        "redis+cluster://:hunter2@host:6379/0?sentinel_password=hunter2",
+        "redis+cluster://:hunt/er2@host:6379",
+        "redis+sentinel://:hunter2@host:26379",
+        "redis+sentinel://:hunter2@host:26379/shop/hunter2",
+        "redis+sentinel://:hunter2@host:26379,12:34er2/shop",
+        "redis+sentinel://:hunter2@host:26379/shop?hunter2=1",
+        "redis+hunter2://host:6379",
     ],
 )
 def test_no_piece_of_a_password_is_told_of_a_url_that_is_none(url: str) -> None:
@@ -399,9 +415,42 @@ def test_no_piece_of_a_password_is_told_of_a_url_that_is_none(url: str) -> None:
     assert refused.value.__suppress_context__ or refused.value.__context__ is None
 
 
-def test_a_redis_that_is_not_there_is_unavailable() -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:1/0",
+        "redis+sentinel://127.0.0.1:1,localhost:1/shop",
+        "redis+cluster://127.0.0.1:1",
+    ],
+)
+def test_a_redis_that_is_not_there_is_unavailable(url: str) -> None:
     with pytest.raises(SinkUnavailable):
-        RedisWindowStore("redis://127.0.0.1:1/0", "b1")
+        RedisWindowStore(url, "b1")
+
+
+def test_windows_and_offsets_outlive_a_failover_that_a_sentinel_makes(tmp_path: Path) -> None:
+    with RedisSentinelServers(tmp_path) as servers:
+        store = RedisWindowStore(servers.url, "b1")
+        with store.begin() as txn:
+            txn.put(window("c1"))
+            txn.advance({P1: 7})
+        before = servers.master_port
+        servers.master.kill()
+        assert wait_until(lambda: servers.master_port != before, timeout_s=60)
+
+        def written() -> bool:
+            try:
+                put(store, window("c1", version=1, next_offset=8))
+            except SinkUnavailable:  # until the replica has become one that is written to
+                return False
+            return True
+
+        assert wait_until(written, timeout_s=60)
+        found = store.read("c1")
+        assert found is not None
+        assert (found.version, found.next_offset) == (2, 8)
+        assert store.offsets("shop") == {P1: 7}
+        store.close()
 
 
 @pytest.fixture(params=["sqlite", "redis"])

@@ -121,11 +121,13 @@ def test_a_worker_that_waits_for_records_stops_in_order_on_sigterm(
         tmp_path / "worker",
         ["stream_worker", "run", "--bundle", str(bundle_folder), *repo.flags,
          "--window-store", f"sqlite:{tmp_path / 'windows.db'}",
-         "--state-dir", str(tmp_path / "state"), "--verbose", "--json"],
+         "--state-dir", str(tmp_path / "state"), "--verbose", "--log-format", "json", "--json"],
     )  # fmt: skip
     with worker:
         worker.wait_for("assigned")
         assert worker.stop() == 0, worker.err.read_text()
+    logged = [json.loads(line) for line in worker.err.read_text().splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, logged))
     assert json.loads(worker.out.read_text())["records"] == 0
 
 
