@@ -5,7 +5,6 @@ import json
 import platform
 import shutil
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from transformers import set_seed
 
+from export.beside import LogPlace, OtherLog, read_other
 from export.calibrate import calibrate
 from export.card import model_card
 from export.corpus import (
@@ -28,7 +28,9 @@ from export.corpus import (
     TrainingChapter,
     cut_corpus,
     held_out_entities,
+    known_before,
     learn_buckets,
+    learnt_histories,
     read_log,
 )
 from export.enriched import EnrichedTexts, read_enriched
@@ -77,6 +79,7 @@ class Request:
     out: Path
     recipe: Recipe
     enriched: Path | None = None  # training chapters in other words, by `enrich`
+    beside: tuple[LogPlace, ...] = ()  # other logs, learnt with the same tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +106,7 @@ class _Material:
     buckets: dict[str, NDArray[np.float64]]
     renderer: Renderer
     enriched: EnrichedTexts
+    beside: tuple[OtherLog, ...]
 
 
 def build_bundle(request: Request, console: Console) -> Built:
@@ -127,9 +131,13 @@ def build_bundle(request: Request, console: Console) -> Built:
                 list(material.learnt_from.values()),
                 folder / TOKENIZER,
                 more_lines=material.enriched.lines(),
+                beside=material.beside,
             )
             corpus = replace(
-                cut_corpus(material.log, material.held_out, recipe.window, reader.tokens),
+                cut_corpus(material.log.histories, material.held_out, recipe.window, reader.tokens),
+                beside=tuple(
+                    other.corpus(reader.tokens, recipe.window) for other in material.beside
+                ),
                 enriched=material.enriched.ids(
                     reader.tokens, longest=recipe.window.max_chapter_tokens
                 ),
@@ -141,6 +149,7 @@ def build_bundle(request: Request, console: Console) -> Built:
             corpus,
             recipe.training,
             checkpoints=workplace / "checkpoints",
+            runs=request.out.with_name(f"{request.out.name}-runs"),
             console=console,
         )
         pooling = resolve_pooling(recipe.pooling, reader.model)
@@ -181,13 +190,9 @@ def build_bundle(request: Request, console: Console) -> Built:
 def _read(request: Request) -> _Material:
     schema = load_schema(request.schema)
     training = request.recipe.training
-    log = _known_before(read_log(request.events, schema, entity=request.entity), training.before)
+    log = known_before(read_log(request.events, schema, entity=request.entity), training.before)
     held_out = held_out_entities(log.histories, training.held_out_share)
-    learnt_from = {
-        entity_id: history
-        for entity_id, history in log.histories.items()
-        if entity_id not in held_out
-    }
+    learnt_from = learnt_histories(log.histories, held_out)
     buckets = learn_buckets(schema, learnt_from.values())
     renderer = Renderer(schema, request.recipe.rendering, buckets)
     enriched = EnrichedTexts()
@@ -206,23 +211,8 @@ def _read(request: Request) -> _Material:
         buckets=buckets,
         renderer=renderer,
         enriched=enriched,
+        beside=tuple(read_other(place, request.recipe) for place in request.beside),
     )
-
-
-def _known_before(log: EventLog, moment: datetime | None) -> EventLog:
-    """Leave out what had not occurred then: a model must not know a later test period."""
-    if moment is None:
-        return log
-    known = {
-        entity_id: history[: bisect_left([event.occurred_at for event in history], moment)]
-        for entity_id, history in log.histories.items()
-    }
-    histories = {entity_id: history for entity_id, history in known.items() if history}
-    if not histories:
-        raise ConfigError(
-            "training.before", f"no event occurred before {moment}", "name a later time"
-        )
-    return replace(log, histories=histories)
 
 
 def _workplace(request: Request, material: _Material) -> Path:
@@ -233,20 +223,22 @@ def _workplace(request: Request, material: _Material) -> Path:
 
 
 def _data_sha256(material: _Material) -> str:
-    """Hash all that is learnt from: the log, and its chapters in other words."""
-    if not material.enriched.sha256:
+    """Hash all that is learnt from: the log, its chapters in other words, and other logs."""
+    more = material.enriched.sha256 + "".join(other.sha256 for other in material.beside)
+    if not more:
         return material.log.sha256
-    both = material.log.sha256 + material.enriched.sha256
-    return hashlib.sha256(both.encode()).hexdigest()
+    return hashlib.sha256((material.log.sha256 + more).encode()).hexdigest()
 
 
 def _told(request: Request, material: _Material, corpus: Corpus) -> str:
     chapters = len(corpus.train) + len(corpus.held_out)
+    others = sum(len(other.chapters) for other in corpus.beside)
+    besides = f"; {others:,} chapters of other logs besides" if others else ""
     return (
         f"{material.log.events:,} events of {len(material.log.histories):,} {request.entity}s "
         f"({len(material.held_out):,} held out), {chapters:,} chapters of "
         f"{corpus.mean_tokens:,.0f} tokens on average, at most "
-        f"{request.recipe.window.max_chapter_tokens:,}"
+        f"{request.recipe.window.max_chapter_tokens:,}{besides}"
     )
 
 

@@ -6,8 +6,10 @@ tokenizing) is done by `llm4es`, by the very code that serves.
 
 import hashlib
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -27,10 +29,13 @@ from llm4es.windows import WindowPolicy, cut_chapters
 __all__ = [
     "Corpus",
     "EventLog",
+    "OtherCorpus",
     "TrainingChapter",
     "cut_corpus",
     "held_out_entities",
+    "known_before",
     "learn_buckets",
+    "learnt_histories",
     "read_log",
     "rough_chapters",
 ]
@@ -68,12 +73,21 @@ class TrainingChapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OtherCorpus:
+    """Chapters of another log, behind a header (H,) of its own."""
+
+    header_ids: NDArray[np.int64]
+    chapters: tuple[TrainingChapter, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
     """Chapters of the entities that are learnt from, and of those held out."""
 
     train: tuple[TrainingChapter, ...]
     held_out: tuple[TrainingChapter, ...]
     enriched: tuple[NDArray[np.int64], ...] = ()  # ids of texts without a header, to learn besides
+    beside: tuple[OtherCorpus, ...] = ()  # of other logs, to learn besides
     too_long: int  # events whose line alone is longer than a chapter may be
 
     @property
@@ -110,6 +124,34 @@ def held_out_entities(entity_ids: Iterable[str], share: float) -> frozenset[str]
     return frozenset(chosen if len(chosen) < len(by_hash) else chosen[: len(by_hash) - 1])
 
 
+def learnt_histories(
+    histories: Mapping[str, tuple[Event, ...]], held_out: frozenset[str]
+) -> dict[str, tuple[Event, ...]]:
+    """Histories of those who are not held out."""
+    return {
+        entity_id: history for entity_id, history in histories.items() if entity_id not in held_out
+    }
+
+
+def known_before(log: EventLog, moment: datetime | None) -> EventLog:
+    """Leave out what had not occurred then: a model must not know a later test period.
+
+    Raises ConfigError where nothing is left.
+    """
+    if moment is None:
+        return log
+    known = {
+        entity_id: history[: bisect_left(history, moment, key=lambda event: event.occurred_at)]
+        for entity_id, history in log.histories.items()
+    }
+    histories = {entity_id: history for entity_id, history in known.items() if history}
+    if not histories:
+        raise ConfigError(
+            "training.before", f"no event occurred before {moment}", "name a later time"
+        )
+    return replace(log, histories=histories)
+
+
 def learn_buckets(
     schema: EventSchema, histories: Iterable[Sequence[Event]]
 ) -> dict[str, NDArray[np.float64]]:
@@ -141,7 +183,10 @@ def rough_chapters(history: Sequence[Event], policy: WindowPolicy) -> Iterator[t
 
 
 def cut_corpus(
-    log: EventLog, held_out: frozenset[str], policy: WindowPolicy, tokens: ChapterTokenizer
+    histories: Mapping[str, Sequence[Event]],
+    held_out: frozenset[str],
+    policy: WindowPolicy,
+    tokens: ChapterTokenizer,
 ) -> Corpus:
     """Cut every history as a window is cut, and tokenize its chapters as the engine does.
 
@@ -149,7 +194,7 @@ def cut_corpus(
     """
     split: tuple[list[TrainingChapter], list[TrainingChapter]] = ([], [])
     too_long = 0
-    for entity_id, history in log.histories.items():
+    for entity_id, history in histories.items():
         fits = [e for e in history if tokens.measure(e, ()) <= policy.max_chapter_tokens]
         too_long += len(history) - len(fits)
         if not fits:

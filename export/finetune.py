@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from export.corpus import Corpus, TrainingChapter
 from export.recipe import Training
-from llm4es.errors import LLM4ESError
+from llm4es.errors import ConfigError, LLM4ESError
 
 __all__ = ["Step", "Trained", "mean_nats", "train", "uses_bf16"]
 
@@ -71,25 +72,32 @@ def train(
     recipe: Training,
     *,
     checkpoints: Path,
+    runs: Path,
     console: Console,
 ) -> Trained:
     """Train `model` in place on the header (H,) and each chapter; weights stay fp32, seeded.
 
-    Enriched texts, where the corpus has them, are chapters like the others, without the header.
+    Enriched texts, where the corpus has them, are chapters like the others, without the header;
+    those of other logs stand behind headers of their own.
 
     `checkpoints` is a folder of this run alone: what it holds is gone on with, after a kill.
-    With `patience` the weights of the best held-out loss are kept. Raises LLM4ESError where the
-    loss is no longer finite.
+    With `patience` the weights of the best held-out loss are kept. With `track` the losses go to
+    TensorBoard's files in `runs`, or to W&B. Raises LLM4ESError where the loss is no longer finite,
+    ConfigError where the tracker is not installed.
     """
+    _refuse_absent(recipe.track)
     collate = _Collator(pad_id=_pad_id(model))
     judged = recipe.patience is not None and bool(corpus.held_out)
     trained_model = _adapted(model, recipe)
     with _quietly():
         trainer = Trainer(
             model=trained_model,
-            args=_arguments(recipe, checkpoints, judged=judged),
-            train_dataset=_Chapters(header, corpus.train, bare=corpus.enriched),
-            eval_dataset=_Chapters(header, corpus.held_out) if judged else None,
+            args=_arguments(recipe, checkpoints, runs, judged=judged),
+            train_dataset=_Chapters(
+                [(header, corpus.train), *((o.header_ids, o.chapters) for o in corpus.beside)],
+                bare=corpus.enriched,
+            ),
+            eval_dataset=_Chapters([(header, corpus.held_out)]) if judged else None,
             data_collator=collate,
             callbacks=[_Bar(console, collate)],
         )
@@ -115,7 +123,16 @@ def train(
     )
 
 
-def _arguments(recipe: Training, checkpoints: Path, *, judged: bool) -> TrainingArguments:
+def _refuse_absent(tracker: str | None) -> None:
+    if tracker is not None and find_spec(tracker) is None:
+        raise ConfigError(
+            "training.track", f"{tracker} is not installed", "install the extra: tracking"
+        )
+
+
+def _arguments(
+    recipe: Training, checkpoints: Path, runs: Path, *, judged: bool
+) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -144,7 +161,8 @@ def _arguments(recipe: Training, checkpoints: Path, *, judged: bool) -> Training
         load_best_model_at_end=judged,
         metric_for_best_model="loss",
         prediction_loss_only=True,
-        report_to="none",
+        report_to=recipe.track or "none",
+        logging_dir=str(runs),
         logging_first_step=True,
         logging_steps=_LOG_EVERY,
         disable_tqdm=True,
@@ -212,7 +230,7 @@ def mean_nats(
     if not chapters:
         return None
     collate = _Collator(pad_id=_pad_id(model))
-    data = _Chapters(header, chapters)
+    data = _Chapters([(header, chapters)])
     total = 0.0
     tokens = 0
     was_training = model.training
@@ -230,22 +248,22 @@ def mean_nats(
 class _Chapters(Dataset[dict[str, list[int]]]):
     """Header and chapter as `input_ids`; `labels` leave the header out of the loss.
 
-    `bare` are ids (T,) that stand alone, their first token not predicted.
+    `logs` are each a header (H,) and the chapters behind it, `bare` ids (T,) that stand alone,
+    their first token not predicted.
     """
 
     def __init__(
         self,
-        header: NDArray[np.int64],
-        chapters: Sequence[TrainingChapter],
+        logs: Sequence[tuple[NDArray[np.int64], Sequence[TrainingChapter]]],
         *,
         bare: Sequence[NDArray[np.int64]] = (),
     ) -> None:
-        front = header.tolist()
         self._items: list[dict[str, list[int]]] = [
             {
-                "input_ids": [*front, *chapter.tokens.ids.tolist()],
-                "labels": [*([_IGNORED] * len(front)), *chapter.tokens.ids.tolist()],
+                "input_ids": [*header.tolist(), *chapter.tokens.ids.tolist()],
+                "labels": [*([_IGNORED] * len(header)), *chapter.tokens.ids.tolist()],
             }
+            for header, chapters in logs
             for chapter in chapters
         ]
         self._items += [{"input_ids": text.tolist(), "labels": text.tolist()} for text in bare]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from export.beside import OtherLog
 from export.corpus import rough_chapters
 from export.models import (
     BEGIN,
@@ -49,25 +50,33 @@ def open_reader(
     tokenizer_file: Path,
     *,
     more_lines: Iterable[str] = (),
+    beside: Sequence[OtherLog] = (),
 ) -> Reader:
     """Load the recipe's model, or make one with a tokenizer trained on `histories`.
 
-    `more_lines` are of other formats: a tokenizer that is trained knows them too.
+    `more_lines` are of other formats, `beside` other logs: a tokenizer that is trained knows them
+    too.
 
     The tokenizer is written to `tokenizer_file` and read back from there, as a bundle's is.
     Raises ConfigError.
     """
     if recipe.model is None:
-        return _from_scratch(recipe, renderer, histories, tokenizer_file, more_lines)
-    return _existing(load_pretrained(recipe.model), recipe, renderer, tokenizer_file)
+        return _from_scratch(
+            recipe, renderer, histories, tokenizer_file, more_lines=more_lines, beside=beside
+        )
+    return _existing(load_pretrained(recipe.model), recipe, renderer, tokenizer_file, beside)
 
 
 def _existing(
-    found: Pretrained, recipe: Recipe, renderer: Renderer, tokenizer_file: Path
+    found: Pretrained,
+    recipe: Recipe,
+    renderer: Renderer,
+    tokenizer_file: Path,
+    beside: Sequence[OtherLog],
 ) -> Reader:
     found.tokenizer.backend_tokenizer.save(str(tokenizer_file))
     tokens = ChapterTokenizer(renderer, load_tokenizer(tokenizer_file), found.bos_id)
-    needed = len(tokens.header_ids) + recipe.window.max_chapter_tokens
+    needed = _longest_header(tokens, beside) + recipe.window.max_chapter_tokens
     if found.positions is not None and needed > found.positions:
         raise ConfigError(
             "window.max_chapter_tokens",
@@ -89,7 +98,9 @@ def _from_scratch(
     renderer: Renderer,
     histories: Sequence[Sequence[Event]],
     tokenizer_file: Path,
+    *,
     more_lines: Iterable[str],
+    beside: Sequence[OtherLog],
 ) -> Reader:
     lines = (
         line.text
@@ -98,7 +109,7 @@ def _from_scratch(
         for line in renderer.lines(chapter)
     )
     made = train_tokenizer(
-        chain(lines, more_lines),
+        chain(lines, more_lines, *(other.lines(recipe.window) for other in beside)),
         renderer.header,
         separators=renderer.separators,
         vocabulary=recipe.new_shape.vocabulary,
@@ -109,13 +120,20 @@ def _from_scratch(
     model = new_llama(
         recipe.new_shape,
         vocabulary=made.get_vocab_size(),
-        positions=len(tokens.header_ids) + recipe.window.max_chapter_tokens,
+        positions=_longest_header(tokens, beside) + recipe.window.max_chapter_tokens,
         bos_id=bos_id,
     )
     if recipe.start == "svd":
         start_from_counts(
             model,
-            [_ids(history, recipe, tokens) for history in histories],
+            [
+                *(_ids(history, recipe, tokens) for history in histories),
+                *(
+                    _ids(history, recipe, tokens.of(other.renderer))
+                    for other in beside
+                    for history in other.histories.values()
+                ),
+            ],
             seed=recipe.training.seed,
         )
     return Reader(
@@ -126,6 +144,11 @@ def _from_scratch(
         licence=_OWN_LICENCE,
         bos_id=bos_id,
     )
+
+
+def _longest_header(tokens: ChapterTokenizer, beside: Sequence[OtherLog]) -> int:
+    every = [tokens, *(tokens.of(other.renderer) for other in beside)]
+    return max(len(each.header_ids) for each in every)
 
 
 def _ids(history: Sequence[Event], recipe: Recipe, tokens: ChapterTokenizer) -> NDArray[np.int64]:

@@ -84,6 +84,7 @@ class Training(FrozenModel):
     lora: Lora | None = None
     save_steps: int = Field(default=200, ge=1)  # how much a kill costs at most
     patience: int | None = Field(default=None, ge=1)  # looks at held-out loss without a better one
+    track: Literal["tensorboard", "wandb"] | None = None  # extra: tracking
 
     @field_validator("before")
     @classmethod

@@ -77,12 +77,17 @@ class ChapterTokenizer:
     def __init__(self, renderer: "Renderer", tokenizer: Tokenizer, bos_id: int | None) -> None:
         self._renderer = renderer
         self._tokenizer = tokenizer
+        self._bos_id = bos_id
         front = () if bos_id is None else (bos_id,)
         header = tuple(tokenizer.encode(renderer.header, add_special_tokens=False).ids)
         self.header_ids: NDArray[np.int64] = np.array((*front, *header), dtype=np.int64)
         # A line's owners follow from its text and spans, so both are the cache's key.
         self._line = lru_cache(maxsize=_CACHED_LINES)(self._tokenize)
         self._count = lru_cache(maxsize=_CACHED_COUNTS)(self._count_tokens)
+
+    def of(self, renderer: "Renderer") -> "ChapterTokenizer":
+        """The same tokenizer, for lines that another renderer makes."""
+        return ChapterTokenizer(renderer, self._tokenizer, self._bos_id)
 
     @property
     def renderer(self) -> "Renderer":

@@ -101,7 +101,6 @@ class Worker:
             unproven_start=policy.unproven_start,
         )
         self._alive_at = 0.0
-        self._embedder = parts.embedder
         self._lost = False
         self._waits = False
         self._stopping = False

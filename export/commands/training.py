@@ -1,5 +1,6 @@
 """Bundles: trained by a recipe and exported."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from export.commands.shared import (
 __all__ = ["app"]
 
 if TYPE_CHECKING:
+    from export.beside import LogPlace
     from export.build import Built
     from export.recipe import Recipe
 
@@ -69,6 +71,13 @@ def finetune(
     enriched: Annotated[
         Path | None, typer.Option(help="Training chapters in other words, by `enrich`")
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another log to learn with the same tokenizer: ENTITY=EVENTS or "
+            "ENTITY=EVENTS,SCHEMA [default: schema.yaml beside it]; may be repeated"
+        ),
+    ] = None,
     epochs: Epochs = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -83,7 +92,9 @@ def finetune(
     log_to_stderr()
     with refusing():
         chosen = load_recipe(recipe).changed(model=model, epochs=epochs, steps=steps, seed=seed)
-        _build(chosen, events, schema, entity, out, enriched=enriched, as_json=as_json)
+        _build(
+            chosen, events, schema, entity, out, enriched=enriched, also=also or (), as_json=as_json
+        )
 
 
 @app.command()
@@ -124,6 +135,7 @@ def _build(
     *,
     as_json: bool,
     enriched: Path | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     from rich.console import Console  # noqa: PLC0415 - heavy
 
@@ -131,9 +143,32 @@ def _build(
 
     log, words = sources(events, schema)
     request = Request(
-        events=log, schema=words, entity=entity, out=out, recipe=recipe, enriched=enriched
+        events=log,
+        schema=words,
+        entity=entity,
+        out=out,
+        recipe=recipe,
+        enriched=enriched,
+        beside=tuple(_place(each) for each in also),
     )
     _print(build_bundle(request, Console(stderr=True)), as_json=as_json)
+
+
+def _place(text: str) -> "LogPlace":
+    """Read ENTITY=EVENTS[,SCHEMA]. Raises ConfigError."""
+    from export.beside import LogPlace  # noqa: PLC0415 - heavy
+    from llm4es.errors import ConfigError  # noqa: PLC0415
+
+    entity, _, paths = text.partition("=")
+    events, _, schema = paths.partition(",")
+    if not entity or not events:
+        raise ConfigError(
+            "also", f"{text!r} is no log", "write ENTITY=EVENTS or ENTITY=EVENTS,SCHEMA"
+        )
+    log = Path(events)
+    return LogPlace(
+        events=log, schema=Path(schema) if schema else log.with_name("schema.yaml"), entity=entity
+    )
 
 
 def _print(built: "Built", *, as_json: bool) -> None:

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
+from export.beside import LogPlace, read_other
 from export.build import Request, build_bundle
 from export.chapter_texts import other_renderers, training_texts
 from export.corpus import read_log
 from export.embed import AsOf, embed_as_of
 from export.enrich import enrich_by_rule
 from export.enriched import read_enriched
+from export.finetune import mean_nats
 from export.pooling import repool
 from export.recipe import Pooled, Recipe, load_recipe
 from export.study import Study, study
@@ -22,7 +25,7 @@ from llm4es.errors import ConfigError
 from llm4es.schema import load_schema
 from tests.integration.conftest import Sample
 from tests.integration.test_training import write_recipe
-from tests.unit.test_datasets import OFFICIAL
+from tests.unit.test_datasets import OFFICIAL, made
 
 QUIET = Console(quiet=True)
 
@@ -44,7 +47,13 @@ def enriched(sample: Sample, recipe: Recipe, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def build(sample: Sample, recipe: Recipe, out: Path, enriched: Path | None = None) -> Bundle:
+def build(
+    sample: Sample,
+    recipe: Recipe,
+    out: Path,
+    enriched: Path | None = None,
+    beside: tuple[LogPlace, ...] = (),
+) -> Bundle:
     return build_bundle(
         Request(
             events=sample.events,
@@ -53,6 +62,7 @@ def build(sample: Sample, recipe: Recipe, out: Path, enriched: Path | None = Non
             out=out,
             recipe=recipe,
             enriched=enriched,
+            beside=beside,
         ),
         QUIET,
     ).bundle
@@ -105,6 +115,37 @@ def test_texts_of_another_rendering_or_of_who_is_held_out_are_refused(
             held_out=frozenset(),
             before=datetime.fromisoformat(first["until"]),
         )
+
+
+def test_another_log_is_learnt_with_the_same_tokenizer_and_a_seed_gives_one_bundle(
+    sample: Sample, recipe: Recipe, bare: Bundle, tmp_path: Path
+) -> None:
+    other = made("datafusion", tmp_path)
+    place = LogPlace(
+        events=other.folder / "events.parquet",
+        schema=other.folder / "schema.yaml",
+        entity="user",
+    )
+    both = build(sample, recipe, tmp_path / "both", beside=(place,))
+    assert both.manifest.training.data_sha256 != bare.manifest.training.data_sha256
+    assert both.renderer.header == bare.renderer.header
+    learnt = read_other(place, recipe)
+    texts = learnt.corpus(both.tokens, recipe.window), learnt.corpus(bare.tokens, recipe.window)
+    lengths = [
+        len(text.header_ids) + sum(len(each.tokens.ids) for each in text.chapters) for text in texts
+    ]
+    assert lengths[0] < lengths[1], "the tokenizer knows the other log too"
+    nats = [
+        mean_nats(
+            AutoModelForCausalLM.from_pretrained(bundle.folder / "model"),
+            text.header_ids,
+            text.chapters,
+        )
+        or 0.0
+        for bundle, text in zip((both, bare), texts, strict=True)
+    ]
+    assert nats[0] * lengths[0] < nats[1] * lengths[1], "and so does the model"
+    assert build(sample, recipe, tmp_path / "again", beside=(place,)).id == both.id
 
 
 def test_another_pooling_of_the_same_weights_is_another_bundle(

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from export.build import Request, build_bundle
 from export.corpus import cut_corpus, read_log
 from export.embed import AsOf, embed_as_of
 from export.recipe import load_recipe, shipped_recipes
@@ -134,12 +137,33 @@ def test_early_stop_keeps_the_best_and_stops_where_nothing_is_learnt(
     assert built(sample, recipe, tmp_path / "stopped")["steps"] < 400
 
 
+def test_losses_are_told_to_the_tracker_that_is_asked_for_and_installed(
+    sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def request(tracker: str) -> Request:
+        changes = {"training": {"steps": 2, "track": tracker}}
+        return Request(
+            events=sample.events,
+            schema=sample.schema,
+            entity="customer",
+            out=tmp_path / "tracked",
+            recipe=load_recipe(str(write_recipe(tmp_path / "recipe.yaml", changes))),
+        )
+
+    build_bundle(request("tensorboard"), Console(quiet=True))
+    told = EventAccumulator(str(tmp_path / "tracked-runs")).Reload()
+    assert [each.step for each in told.Scalars("train/loss")] == [1]
+    monkeypatch.setattr("export.finetune.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"training.track: wandb is not installed.*tracking"):
+        build_bundle(request("wandb"), Console(quiet=True))
+
+
 def test_the_ids_that_train_are_the_ids_that_are_served(
     bundle_folder: Path, sample: Sample
 ) -> None:
     bundle = load_bundle(bundle_folder)
     log = read_log(sample.events, load_schema(sample.schema), entity="customer")
-    corpus = cut_corpus(log, frozenset(), bundle.manifest.window, bundle.tokens)
+    corpus = cut_corpus(log.histories, frozenset(), bundle.manifest.window, bundle.tokens)
     trained: dict[str, list[list[int]]] = {}
     for chapter in corpus.train:
         trained.setdefault(chapter.entity_id, []).append(chapter.tokens.ids.tolist())

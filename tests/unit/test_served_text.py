@@ -43,7 +43,7 @@ def test_the_text_and_ids_that_train_are_those_that_are_served(name: str, tmp_pa
             )
             tokens = ChapterTokenizer(renderer, tokenizer, tokenizer.token_to_id(BEGIN))
             trained: dict[str, list[list[int]]] = {}
-            for chapter in cut_corpus(log, frozenset(), POLICY, tokens).train:
+            for chapter in cut_corpus(log.histories, frozenset(), POLICY, tokens).train:
                 trained.setdefault(chapter.entity_id, []).append(chapter.tokens.ids.tolist())
 
             # As a worker has it: everything read again, from what a bundle holds.

@@ -1,0 +1,117 @@
+"""What each recipe takes of a machine: wall time and peak memory of training and export.
+
+    python -m benchmarks.recipes [--json] [--only NAME,...] [--steps 20] [--smollm2 FILE.gguf]
+
+Each recipe runs as its command in a process of its own, `--steps` steps long, on MovieLens-100K
+from ../shared/data (terminals of the Fraud Detection Handbook for the recipe of that name). Those
+that begin with a model of the hub take `--smollm2` instead; without it they are left out and named.
+A step's time is that of `--steps` less that of one, over the steps between: reading, the export and
+the comparison with transformers take as long for a long training as for a short one. `of_tiny` is
+a step's time over that of `domain-tiny`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from benchmarks.quality import ROOT, Places
+from export.recipe import load_recipe, shipped_recipes
+
+BASELINE = "domain-tiny"
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one run of a recipe."""
+
+    wall_s: float
+    peak_gb: float
+    steps: int
+
+
+def main(
+    *,
+    data: Annotated[Path, typer.Option(help="Folder of movielens and fdh")] = ROOT.parent
+    / "shared/data",
+    out: Annotated[Path, typer.Option(help="Folder for bundles")] = ROOT / "build/recipes",
+    only: Annotated[str | None, typer.Option(help="Names, with commas between")] = None,
+    steps: Annotated[int, typer.Option(help="Of each training", min=2)] = 20,
+    smollm2: Annotated[Path | None, typer.Option(help="SmolLM2 as .gguf")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """Run each recipe twice, short and shorter, and print what it took."""
+    places = Places(data, out)
+    table = Table("recipe", "s of a step", "s besides", "peak GB", title=f"{steps} steps")
+    per_step: dict[str, float] = {}
+    figures: dict[str, dict[str, float]] = {}
+    for name in only.split(",") if only else shipped_recipes():
+        needed = load_recipe(name).model is not None
+        if needed and smollm2 is None:
+            console.print(f"{name}: left out, it needs --smollm2")
+            continue
+        model = smollm2 if needed else None
+        one, more = (_run(places, name, count, model) for count in (1, steps))
+        per_step[name] = (more.wall_s - one.wall_s) / (steps - 1)
+        figures[name] = {
+            "step_s": round(per_step[name], 3),
+            "besides_s": round(one.wall_s, 1),
+            "peak_gb": round(max(one.peak_gb, more.peak_gb), 2),
+        }
+        table.add_row(name, *(f"{each:,.2f}" for each in figures[name].values()))
+        console.print(name, figures[name])
+    ratios = {
+        f"{name}_of_tiny": round(each / per_step[BASELINE], 2)
+        for name, each in per_step.items()
+        if BASELINE in per_step
+    }
+    if as_json:
+        typer.echo(json.dumps({"ratios": ratios, "figures": figures, "machine": machine()}))
+        return
+    Console().print(table)
+
+
+def _run(places: Places, name: str, steps: int, model: Path | None) -> Cost:
+    """Run a recipe's command, and wait for what the system says it took."""
+    terminal = name == "handbook-terminal"
+    handbook = name.startswith("handbook")
+    dataset, short = ("fraud-handbook", "fdh") if handbook else ("movielens-100k", "movielens")
+    folder = places.out / short
+    if not (folder / "labels.parquet").exists() and not (folder / "labels_tx.parquet").exists():
+        places.prepared(dataset, short)
+    suffix = "_terminal" if terminal else ""
+    entity = "terminal" if terminal else "customer" if handbook else "user"
+    command = [
+        sys.executable, "-m", "export", "finetune", "--recipe", name, "--steps", str(steps),
+        "--events", str(folder / f"events{suffix}.parquet"),
+        "--schema", str(folder / f"schema{suffix}.yaml"),
+        "--entity", entity, "--out", str(places.out / name), "--json",
+    ]  # fmt: skip
+    if model is not None:
+        command += ["--model", str(model)]
+    log = places.out / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with log.open("wb") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    wall_s = time.monotonic() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{name}: {log.read_text()[-2000:]}")
+    return Cost(wall_s, usage.ru_maxrss / 1024**2, steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)
