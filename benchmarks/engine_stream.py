@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
 import numpy as np
+from msgspec.structs import replace
 from pydantic import SecretStr
 
 from benchmarks.stream_parts import documents

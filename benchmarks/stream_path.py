@@ -4,7 +4,8 @@
 
 Real Kafka to real Redis, each loop in a process on one core. Ratios: `vs_feast_push` events/s over
 those of kafka-python and `FeatureStore.push` per event, `vs_plain_poll` over a kafka-python loop
-that only parses JSON, `vs_quix` over the same fold as a Quix Streams application with the same
+that only parses JSON (kafka-python as pip installs it; `vs_plain_poll_crc32c`: with checksums in C,
+as ours), `vs_quix` over the same fold as a Quix Streams application with the same
 sink (extra `bench`). `freshness_p99_ms` is from record timestamp to readable online, at half the
 rate that the worker keeps up with a domain model; without --bundle one is made from the simulator.
 Medians of interleaved repeats.
@@ -115,6 +116,7 @@ def main(
         ratios = {
             "vs_feast_push": rates["worker"] / rates["feast"],
             "vs_plain_poll": rates["worker"] / rates["poll"],
+            "vs_plain_poll_crc32c": rates["worker"] / rates["poll_crc32c"],
             "vs_quix": rates["worker"] / rates["quix"],
         }
         ages: Sequence[float] = ()
@@ -133,7 +135,9 @@ def _rates(bench: Bench, records: int, repeats: int) -> dict[str, float]:
     bench.topics("payments")
     lines = [json.dumps(each) for each in documents(records, CUSTOMERS)]
     produce(bench, "payments", lines, "customer_id")
-    found: dict[str, list[float]] = {"worker": [], "poll": [], "quix": [], "feast": []}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("worker", "poll", "poll_crc32c", "quix", "feast")
+    }
     for repeat in range(repeats):
         for name, rates in found.items():
             group = f"{name}-{repeat}"

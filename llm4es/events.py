@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from types import MappingProxyType
@@ -72,8 +71,7 @@ NO_SPANS: Final[OffsetSpans] = MappingProxyType({})
 NO_OFFSETS: Final[Mapping[TopicPartition, int]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One record of the log, as it came: nothing about it has been checked."""
 
     topic: str
@@ -99,8 +97,7 @@ class Origin(NamedTuple):
     timestamp: datetime | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One user action, validated; nothing downstream re-checks it."""
 
     entity_id: str
@@ -125,6 +122,8 @@ def origin_of(record: Record) -> Origin:
 
     Raises InvalidEvent for headers that are not as `origin_headers` writes them.
     """
+    if not record.headers:
+        return Origin(record.topic, record.partition, record.offset, record.timestamp)
     found = {
         name.removeprefix(_ORIGIN): value
         for name, value in record.headers

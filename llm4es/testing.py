@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
 from llm4es.deletion import Tombstone
@@ -42,11 +43,18 @@ __all__ = [
 ]
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Make a tokenizer of 256 ids: one token per byte."""
+def byte_tokenizer(separators: str | None = None) -> Tokenizer:
+    """Make a tokenizer of 256 ids: one token per byte.
+
+    With `separators` (`Renderer.separators`) it splits text as a trained one does.
+    """
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = letters
+    if separators is not None:
+        split = Split(Regex(rf"{separators}|\n"), behavior="merged_with_next")
+        tokenizer.pre_tokenizer = PreTokenizers([split, letters])
     return tokenizer
 
 
@@ -83,7 +91,7 @@ def modelless_bundle(
         manifest=manifest,
         schema=schema,
         arrays=arrays or {},
-        tokens=ChapterTokenizer(renderer, byte_tokenizer(), None),
+        tokens=ChapterTokenizer(renderer, byte_tokenizer(renderer.separators), None),
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from llm4es.errors import ConfigError
+from llm4es.words import WordIds, word_starts
 
 if TYPE_CHECKING:
     from llm4es.events import Event
@@ -78,6 +79,8 @@ class ChapterTokenizer:
         self._renderer = renderer
         self._tokenizer = tokenizer
         self._bos_id = bos_id
+        starts = word_starts(tokenizer)
+        self._words = None if starts is None else WordIds(tokenizer, starts)
         front = () if bos_id is None else (bos_id,)
         header = tuple(tokenizer.encode(renderer.header, add_special_tokens=False).ids)
         self.header_ids: NDArray[np.int64] = np.array((*front, *header), dtype=np.int64)
@@ -126,6 +129,8 @@ class ChapterTokenizer:
         )
 
     def _count_tokens(self, text: str) -> int:
+        if self._words is not None:
+            return self._words.count(text)
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
@@ -134,14 +139,18 @@ class ChapterTokenizer:
         return ids
 
     def _tokenize(self, line: "Line") -> _TokenizedLine:
-        encoding = self._tokenizer.encode(line.text, add_special_tokens=False)
+        if self._words is not None:
+            ids, starts = self._words.encode(line.text)
+        else:
+            encoding = self._tokenizer.encode(line.text, add_special_tokens=False)
+            ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
         owners = []
         field = 0
-        for start, _ in encoding.offsets:
+        for start in starts:
             while field < len(line.spans) and start >= line.spans[field].end:
                 field += 1
             owners.append(field if field < len(line.spans) else ALL_FIELDS)
-        return _TokenizedLine(tuple(encoding.ids), tuple(owners))
+        return _TokenizedLine(tuple(ids), tuple(owners))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

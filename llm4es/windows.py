@@ -10,13 +10,15 @@ Nothing here reads a clock, opens a store or knows a tokenizer: cutting takes a 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Protocol, Self
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -77,8 +79,7 @@ class WindowPolicy(FrozenModel):
         return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chapter:
+class Chapter(msgspec.Struct, frozen=True, kw_only=True):
     """A run of events that the model reads in one context, behind the header.
 
     `events` is empty once a sealed chapter's events are forgotten. `ids_hash` and `sums`
@@ -94,8 +95,7 @@ class Chapter:
     sums: NDArray[np.float64] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SealedHistory:
+class SealedHistory(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed chapters of an unlimited history, folded into one, oldest first."""
 
     chapters: int
@@ -103,8 +103,7 @@ class SealedHistory:
     sums: NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
+class Window(msgspec.Struct, frozen=True, kw_only=True):
     """One entity's history as one bundle sees it, and how far the log has been folded."""
 
     entity_id: str
@@ -141,16 +140,14 @@ class Outcome(StrEnum):
     DELETED = "deleted"  # a tombstone, not an event: the history is gone
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Folded:
+class Folded(msgspec.Struct, frozen=True, kw_only=True):
     """A window after an event, and what became of the event."""
 
     window: Window
     outcome: Outcome
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedChapter:
+class FinishedChapter(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine found for a chapter that is no longer open."""
 
     ids_hash: bytes
@@ -220,16 +217,7 @@ def fold(
     as_of = next_as_of(recorded_at, event.occurred_at, window.as_of)
     if not EPOCH <= as_of < LATEST_TIME:
         raise _outside(as_of)
-    accepted = Window(  # `replace` takes four times as long, and this is done for every event
-        entity_id=window.entity_id,
-        version=window.version,
-        topic=window.topic,
-        partition=window.partition,
-        next_offset=window.next_offset,
-        as_of=as_of,
-        sealed=window.sealed,
-        chapters=chapters,
-    )
+    accepted = replace(window, as_of=as_of, chapters=chapters)
     return Folded(window=accepted, outcome=Outcome.ACCEPTED)
 
 

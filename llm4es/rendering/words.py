@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Literal
 
 from llm4es.schema import LogBuckets, NumberField
@@ -23,7 +24,8 @@ TIME_LABELS: Mapping[TimeColumn, str] = {
     "datetime": "time",
 }
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_UNITS = (("d", 86_400.0), ("h", 3_600.0), ("m", 60.0))
+_HOUR = 60  # minutes
+_CACHED_GAPS = 8_192
 _EPOCH_DAY = 719_163  # proleptic ordinal of 1970-01-01
 _LARGEST_LOG = 709  # ln of the largest double
 
@@ -86,11 +88,17 @@ def _gap(moment: datetime, previous: datetime | None) -> str:
     """Write a duration in its largest unit, to one digit from ten on: 7m, 20h, 30d."""
     if previous is None:
         return NOTHING_BEFORE
-    seconds = (moment - previous).total_seconds()
-    for unit, size in _UNITS:
-        if seconds >= size:
-            return f"{_coarse(int(seconds // size))}{unit}"
-    return "0m"
+    gap = moment - previous
+    return _coarse_gap(gap.days, gap.seconds // 60)
+
+
+@lru_cache(_CACHED_GAPS)
+def _coarse_gap(days: int, minutes: int) -> str:
+    if days > 0:
+        return f"{_coarse(days)}d"
+    if days < 0 or minutes == 0:
+        return "0m"
+    return f"{_coarse(minutes // 60)}h" if minutes >= _HOUR else f"{_coarse(minutes)}m"
 
 
 def _coarse(count: int) -> int:

@@ -6,10 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from threading import Event
 
 import typer
+from msgspec.structs import replace
 from rich.table import Table
 
 from llm4es.bundle import Bundle, load_bundle

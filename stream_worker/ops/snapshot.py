@@ -7,10 +7,11 @@ what a start from the snapshot reads again.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from msgspec.structs import replace
 
 from llm4es.deletion import DeletionKey
 from llm4es.errors import BundleMismatch, ConfigError

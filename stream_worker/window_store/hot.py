@@ -2,7 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from llm4es.events import TopicPartition
 from llm4es.windows import Window

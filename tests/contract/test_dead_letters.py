@@ -4,11 +4,11 @@ import base64
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from dev.servers import KafkaServer, create_topic
 from llm4es.errors import ConfigError, InvalidEvent, SinkUnavailable
@@ -143,7 +143,7 @@ def test_a_topic_that_is_absent_or_too_small_is_refused(
 
 def letter_of(value: bytes | None, **more: object) -> DeadLetter:
     made = Record(topic="shop", partition=0, offset=7, timestamp=START, key=b"c1", value=value)
-    return DeadLetter(replace(made, **more), InvalidEvent("value", "is not JSON"))  # type: ignore[arg-type]
+    return DeadLetter(replace(made, **more), InvalidEvent("value", "is not JSON"))
 
 
 @pytest.fixture

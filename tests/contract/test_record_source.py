@@ -522,6 +522,22 @@ def test_a_producers_timestamp_that_is_no_time_leaves_the_record_readable(
     assert (record.timestamp is None) == (timestamp_ms > 253402300799999)
 
 
+@pytest.mark.parametrize("codec", ["gzip", "lz4", "snappy", "zstd"])
+def test_records_are_read_however_their_producer_compressed_them(
+    kafka_server: KafkaServer, unique: str, codec: str
+) -> None:
+    create_topic(kafka_server.bootstrap_servers, unique)
+    producer = KafkaProducer(
+        bootstrap_servers=kafka_server.bootstrap_servers, acks="all", compression_type=codec
+    )
+    producer.send(unique, key=b"c1", value=b'{"note": "%s"}' % (b"x" * 500)).get(timeout=30)
+    producer.close()
+    source = shop_source(kafka_server, unique)
+    (record,) = source.sample(1)
+    source.close()
+    assert record.value == b'{"note": "%s"}' % (b"x" * 500)
+
+
 @pytest.mark.parametrize(
     ("raw", "known"),
     [

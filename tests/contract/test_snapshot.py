@@ -1,11 +1,11 @@
 """A snapshot of any window store starts any other where the first one stood."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from dev.servers import RedisServer
 from llm4es.errors import BundleMismatch, ConfigError

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from msgspec import structs
 from redis import Redis
 
 from dev.servers import RedisClusterServers, RedisSentinelServers, RedisServer, wait_until
@@ -70,7 +71,9 @@ def window(entity_id: str = "c1", **more: object) -> Window:
     """A window that has everything a window can have."""
     events = (event(0), event(1, kind="login"), event(2.000001, fields={"amount": 3, "goods": "é"}))
     chapter = Chapter(events=events, first=events[0].key, last=events[-1].key, count=3, tokens=99)
-    sealed = replace(chapter, events=(), ids_hash=b"hash", sums=np.array([0.1, np.inf, -3.0]))
+    sealed = structs.replace(
+        chapter, events=(), ids_hash=b"hash", sums=np.array([0.1, np.inf, -3.0])
+    )
     made = Window(
         entity_id=entity_id,
         topic="shop",
@@ -80,7 +83,7 @@ def window(entity_id: str = "c1", **more: object) -> Window:
         sealed=SealedHistory(chapters=2, count=9, sums=np.array([1.5, 2.5, 0.1])),
         chapters=(sealed, chapter),
     )
-    return replace(made, **more)  # type: ignore[arg-type]
+    return structs.replace(made, **more)
 
 
 def put(store: WindowStore, *windows: Window) -> None:
@@ -101,7 +104,7 @@ def test_a_window_comes_back_as_it_was_with_its_version_raised(store: WindowStor
     assert found is not None
     assert found.version == 1
     due = window()
-    assert replace(found, version=0, sealed=None, chapters=()) == replace(
+    assert structs.replace(found, version=0, sealed=None, chapters=()) == structs.replace(
         due, sealed=None, chapters=()
     )
     assert found.sealed is not None
@@ -111,7 +114,9 @@ def test_a_window_comes_back_as_it_was_with_its_version_raised(store: WindowStor
     assert found.chapters[1] == due.chapters[1]
     assert found.chapters[0].sums is not None
     np.testing.assert_array_equal(found.chapters[0].sums, np.array([0.1, np.inf, -3.0]))
-    assert replace(found.chapters[0], sums=None) == replace(due.chapters[0], sums=None)
+    assert structs.replace(found.chapters[0], sums=None) == structs.replace(
+        due.chapters[0], sums=None
+    )
 
 
 def test_versions_rise_with_each_write_and_offsets_are_kept_per_partition(
@@ -182,7 +187,7 @@ def test_a_worker_whose_window_was_written_by_another_is_fenced(
         with mine.begin() as txn:
             read = txn.load(["c1"])["c1"]
             put(other, other.read("c1") or window(next_offset=8))
-            txn.put(replace(read, next_offset=99))
+            txn.put(structs.replace(read, next_offset=99))
             txn.advance({P0: 99})
 
     with pytest.raises(Fenced):
@@ -488,7 +493,7 @@ def keyed(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Iterat
 
 
 def buried(found: Window, offset: int = 9) -> Window:
-    return replace(
+    return structs.replace(
         bury(found, recorded_at=START + timedelta(hours=1)),
         topic="shop", partition=1, next_offset=offset,
     )  # fmt: skip
@@ -511,7 +516,7 @@ def test_of_a_deleted_window_place_and_time_stay_under_a_hash_and_its_id_does_no
         assert (left.version, left.topic, left.partition, left.next_offset) == (2, "shop", 1, 9)
         assert left.as_of == START + timedelta(hours=1)
     # A zombie that read before the deletion, or before the entity's first event, is refused.
-    for stale in (replace(before, next_offset=8), window("somebody")):
+    for stale in (structs.replace(before, next_offset=8), window("somebody")):
         with pytest.raises(Fenced):
             put(other, stale)
     assert "somebody" not in keyed.names()
@@ -524,7 +529,7 @@ def test_of_a_deleted_window_place_and_time_stay_under_a_hash_and_its_id_does_no
     with pytest.raises(Fenced):
         put(other, buried(again))
     put(store, buried(found, 11))
-    put(store, buried(replace(found, version=4, as_of=START + timedelta(hours=2)), 12))
+    put(store, buried(structs.replace(found, version=4, as_of=START + timedelta(hours=2)), 12))
     last = store.read("somebody")
     assert last is not None
     assert (last.version, last.next_offset) == (5, 12)

@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
+
+from msgspec.structs import replace
 
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey

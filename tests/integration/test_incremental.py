@@ -1,7 +1,7 @@
 """Reading on from a cache equals reading anew, whatever came in between."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llm4es.bundle import Compute
 from llm4es.engine import OnnxEmbedder

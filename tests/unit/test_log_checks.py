@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from llm4es.errors import BundleMismatch
 from llm4es.events import TopicPartition
@@ -109,12 +110,12 @@ def test_offsets_that_the_log_no_longer_or_not_yet_has_are_refused() -> None:
 
 def test_a_topic_where_most_keys_are_anothers_is_refused_but_single_wrong_keys_are_not() -> None:
     good = records([payment(f"e{n}", n) for n in range(3)])
-    foreign = [replace(record, key=b"t1") for record in good]
-    broken = [replace(record, value=b"{") for record in good]
+    foreign = [structs.replace(record, key=b"t1") for record in good]
+    broken = [structs.replace(record, value=b"{") for record in good]
     with pytest.raises(BundleMismatch, match="not keyed by customer_id"):
         refuse_foreign_keys([*broken, *foreign], schema(), "customer")
     with pytest.raises(BundleMismatch, match="not keyed"):
-        refuse_foreign_keys([replace(good[0], key=None)], schema(), "customer")
+        refuse_foreign_keys([structs.replace(good[0], key=None)], schema(), "customer")
     refuse_foreign_keys(foreign, schema(), "terminal")
     # A single coincidence of two entities' ids proves nothing.
     with pytest.raises(BundleMismatch, match="3 of 4 records"):

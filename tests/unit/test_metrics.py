@@ -4,11 +4,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client import generate_latest
 
 from llm4es.errors import ConfigError, InvalidEvent

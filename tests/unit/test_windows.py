@@ -1,7 +1,6 @@
 """Windows are a pure function of the log: order of arrival and batches leave no trace."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, pairwise
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llm4es.errors import InvalidEvent, LLM4ESError
 from llm4es.events import Event, FieldValue, entity_hash

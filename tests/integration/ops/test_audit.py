@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from dev.servers import RedisServer
 from llm4es.feast import open_sink
@@ -87,14 +88,14 @@ def window(live: Live) -> None:
             found = txn.load([VICTIM])[VICTIM]
             last = found.chapters[-1]
             cut = (
-                replace(
+                structs.replace(
                     last, events=last.events[1:], count=last.count - 1, first=last.events[1].key
                 )
                 if last.count > 1
                 else None
             )
             chapters = (*found.chapters[:-1], cut) if cut else found.chapters[:-1]
-            txn.put(replace(found, chapters=chapters))
+            txn.put(structs.replace(found, chapters=chapters))
     finally:
         store.close()
 
