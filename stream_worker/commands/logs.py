@@ -68,7 +68,8 @@ def replay(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more")] = False,
 ) -> None:
     """Compute the rows of a span of the log again; live rows and offsets stay as they are."""
-    from stream_worker.ops.replay import ReplayRequest, replay_log  # noqa: PLC0415 - heavy
+    from stream_worker.ops.replay import replay_log  # noqa: PLC0415 - heavy
+    from stream_worker.ops.replay_plan import ReplayRequest  # noqa: PLC0415
 
     log_to_stderr(verbose=verbose)
     request = ReplayRequest(
