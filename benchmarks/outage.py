@@ -16,12 +16,10 @@ from threading import Thread
 from typing import Annotated, Any
 
 import typer
-from redis import Redis
-from redis.exceptions import RedisError
 
 from benchmarks.machine import machine
 from benchmarks.stream_parts import bench_bundle, documents
-from benchmarks.stream_path import Bench, make_repo, produce, start
+from benchmarks.stream_path import Bench, folded, make_repo, produce, start
 from dev.servers import KafkaServer, RedisServer, wait_until
 
 LIMIT_MB = 100.0
@@ -83,15 +81,7 @@ def main(
 
 
 def _folded(redis: RedisServer) -> int:
-    """Records up to which the window store holds the log, over all partitions."""
-    client = Redis(port=redis.port, db=1, socket_timeout=5)
-    try:
-        found: Any = client.hgetall(f"llm4es:{bench_bundle().id}:offsets:payments")
-    except RedisError:
-        return 0
-    finally:
-        client.close()
-    return sum(int(at) for at in found.values())
+    return folded(redis, bench_bundle().id, "payments")
 
 
 def _resident_mb(pid: int) -> float:

@@ -1,6 +1,6 @@
 """One loop of the stream benchmark in a process of its own, on a core of its own.
 
-    python -m benchmarks.stream_loops worker|poll|poll_crc32c|feast|quix|served JSON
+    python -m benchmarks.stream_loops worker|poll|poll_crc32c|feast|quix|served|timed JSON
 
 Prints {"records", "seconds"}, timed from before the first poll to after the last record's effects;
 imports and connections are not in it. Started by `benchmarks.stream_path`.
@@ -16,7 +16,7 @@ if sys.argv[1:2] == ["poll"]:
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +25,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.stream_parts import CountEmbedder, bench_bundle
-from llm4es.bundle import Bundle
-from llm4es.events import parse_document
+from llm4es.bundle import Bundle, load_bundle
+from llm4es.engine import open_embedder
+from llm4es.events import Record, parse_document
 from llm4es.feast import open_sink
 from llm4es.features import FeatureRow, feature_row
 from llm4es.windows import Window, fold
 from stream_worker.assembly import assembled, assembled_around
+from stream_worker.metrics import Metrics
+from stream_worker.ports import Embedder
 from stream_worker.running import relax_gc
 from stream_worker.settings import WorkerSettings
 from stream_worker.sources.kafka_client import KafkaConsumer
@@ -162,6 +165,43 @@ def served(order: Order) -> Result:
     return {"records": metrics.summary().records, "seconds": seconds, "ages_ms": ages_ms}
 
 
+def timed(order: Order) -> Result:
+    """Ours until it is told to end; gives (Unix time, age in seconds) of every event."""
+    ages = _Ages()
+    settings = WorkerSettings(**order["settings"])
+
+    def open_model(bundle: Bundle) -> Embedder:
+        return open_embedder(bundle, device="cpu", threads=settings.threads)
+
+    with assembled_around(
+        settings,
+        load_bundle(settings.bundle),
+        open_model,
+        wrap=lambda parts: replace(parts, metrics=ages),
+    ) as built:
+        relax_gc()
+        signal.signal(signal.SIGTERM, lambda *_: built.worker.stop())
+        built.worker.run()
+    return {"records": ages.summary().records, "ages": ages.by_moment}
+
+
+class _Ages(Metrics):
+    """Keeps every event's age, and when it was readable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_moment: list[tuple[float, float]] = []
+
+    def readable(self, records: Iterable[Record], now: datetime) -> None:
+        records = list(records)
+        super().readable(records, now)
+        self.by_moment += [
+            (now.timestamp(), (now - record.timestamp).total_seconds())
+            for record in records
+            if record.timestamp is not None
+        ]
+
+
 _COLUMNS = (
     "embedding", "surprise", "surprise_last", "event_count", "last_event_id", "last_event_time",
     "bundle_id",
@@ -213,6 +253,7 @@ LOOPS: dict[str, Callable[[Order], Result]] = {
     "feast": feast,
     "quix": quix,
     "served": served,
+    "timed": timed,
 }
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from feast import FeatureStore, FeatureView, PushSource
+from redis import Redis
+from redis.exceptions import RedisError
 from rich.console import Console
 from rich.table import Table
 
@@ -151,8 +153,8 @@ def _rates(bench: Bench, records: int, repeats: int) -> dict[str, float]:
 def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[list[float], float]:
     """Milliseconds of each event at half the rate that is kept up with, and that rate."""
     if bundle is None or events is None:
-        bundle, events = _make_bundle(bench.folder / "model")
-    _apply(bench.repo, bundle)
+        bundle, events = make_bundle(bench.folder / "model")
+    apply(bench.repo, bundle, "full")
     lines = events.read_text().splitlines()
     bench.topics("full")
     produce(bench, "full", lines, "customer_id")
@@ -168,7 +170,7 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     order["settings"] |= {"bundle": str(bundle), "threads": 1, "poll_timeout_ms": 20}
     order["until_end"] = False
     with start("served", order) as process:
-        _await_member(bench, process, "half")
+        await_member(bench, process, "half")
         produce(bench, "half", lines, "customer_id", per_second=rate / 2)
         out, err = process.communicate(timeout=DEADLINE_S)
     if process.returncode:
@@ -177,7 +179,7 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     return ages[len(ages) // 10 :], rate  # the first tenth falls into the group's forming
 
 
-def _await_member(bench: Bench, process: "subprocess.Popen[str]", group: str) -> None:
+def await_member(bench: Bench, process: "subprocess.Popen[str]", group: str) -> None:
     """Wait until the worker has joined its group, so that its first event waits for nothing."""
     settings = KafkaSettings(bootstrap_servers=bench.kafka.bootstrap_servers)
     with admin(settings) as client:
@@ -255,10 +257,11 @@ def make_repo(folder: Path, redis: RedisServer) -> Path:
     return folder
 
 
-def _apply(repo: Path, bundle: Path) -> None:
+def apply(repo: Path, bundle: Path, topic: str) -> None:
+    """Apply a bundle's view to a repository."""
     definitions = define(
         view_spec(load_bundle(bundle)),
-        topic="full",
+        topic=topic,
         bootstrap_servers="given",
         offline_path="data/offline",
         watermark_s=60,
@@ -268,7 +271,7 @@ def _apply(repo: Path, bundle: Path) -> None:
         FeatureStore(repo_path=str(repo)).apply(list(definitions.objects))
 
 
-def _make_bundle(folder: Path) -> tuple[Path, Path]:
+def make_bundle(folder: Path) -> tuple[Path, Path]:
     """Simulated payments, and a small domain model trained on them for an epoch."""
     events, bundle = folder / "payments/events.jsonl", folder / "bundle"
     for arguments in (
@@ -278,6 +281,18 @@ def _make_bundle(folder: Path) -> tuple[Path, Path]:
     ):  # fmt: skip
         subprocess.run([sys.executable, "-m", "export", *arguments], check=True, stdout=sys.stderr)
     return bundle, events
+
+
+def folded(redis: RedisServer, bundle_id: str, topic: str) -> int:
+    """Records up to which the window store holds the log, over all partitions."""
+    client = Redis(port=redis.port, db=1, socket_timeout=5)
+    try:
+        found: Any = client.hgetall(f"llm4es:{bundle_id}:offsets:{topic}")
+    except RedisError:
+        return 0
+    finally:
+        client.close()
+    return sum(int(at) for at in found.values())
 
 
 def _print(

@@ -6,7 +6,8 @@ what a start from the snapshot reads again.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from llm4es.windows import Window
 from stream_worker.ports import LogIdentity, WindowStore
 from stream_worker.window_store.sqlite import SqliteWindowStore
 
-__all__ = ["restore_snapshot", "take_snapshot"]
+__all__ = ["nearest_snapshot", "restore_snapshot", "snapshot_offsets", "take_snapshot"]
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,48 @@ def restore_snapshot(
     if store.topics():
         log.info("the window store holds windows: the snapshot is not needed")
         return {}
+    with _opened(path, bundle_id, deletion_key) as snapshot:
+        return _copy(snapshot, store)
+
+
+def snapshot_offsets(
+    path: Path, bundle_id: str, *, deletion_key: DeletionKey | None = None
+) -> dict[TopicPartition, int]:
+    """Give the offsets that a snapshot stands for. Raises as `restore_snapshot`."""
+    with _opened(path, bundle_id, deletion_key) as snapshot:
+        return _offsets(snapshot)
+
+
+def nearest_snapshot(
+    folder: Path,
+    bundle_id: str,
+    begins: Mapping[TopicPartition, int],
+    *,
+    deletion_key: DeletionKey | None = None,
+) -> tuple[Path, dict[TopicPartition, int]] | None:
+    """Give a folder's snapshot that leaves least of this log to fold before `begins`.
+
+    What is no snapshot of this bundle and log, or is past `begins` in any partition, is passed
+    over; None where nothing else is there.
+    """
+    nearest: tuple[int, Path, dict[TopicPartition, int]] | None = None
+    for path in sorted(each for each in folder.iterdir() if each.is_file()):
+        try:
+            held = snapshot_offsets(path, bundle_id, deletion_key=deletion_key)
+        except (ConfigError, BundleMismatch):
+            continue
+        if any(at > begins.get(tp, 0) for tp, at in held.items()):
+            continue
+        folded = sum(held.values())
+        if nearest is None or folded > nearest[0]:
+            nearest = folded, path, held
+    return None if nearest is None else nearest[1:]
+
+
+@contextmanager
+def _opened(
+    path: Path, bundle_id: str, deletion_key: DeletionKey | None
+) -> Iterator[SqliteWindowStore]:
     snapshot = SqliteWindowStore(path, bundle_id, read_only=True, deletion_key=deletion_key)
     try:
         if not snapshot.topics():
@@ -78,15 +121,19 @@ def restore_snapshot(
                 f"holds no windows of bundle {bundle_id}",
                 "take one with this bundle, or start without",
             )
-        return _copy(snapshot, store)
+        yield snapshot
     finally:
         snapshot.close()
+
+
+def _offsets(store: WindowStore) -> dict[TopicPartition, int]:
+    return {tp: at for identity in _logs(store) for tp, at in store.offsets(identity.topic).items()}
 
 
 def _copy(source: WindowStore, target: WindowStore) -> dict[TopicPartition, int]:
     """Windows, then offsets, then which log they are of: a crash before that leaves it fresh."""
     logs = _logs(source)
-    offsets = {tp: at for identity in logs for tp, at in source.offsets(identity.topic).items()}
+    offsets = _offsets(source)
     windows = source.scan(
         [
             TopicPartition(identity.topic, partition)

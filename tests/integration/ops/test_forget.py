@@ -14,7 +14,7 @@ from dev.servers import KafkaServer, RedisServer
 from llm4es.testing import LengthEmbedder
 from stream_worker.assembly import assembled_around
 from stream_worker.ops.forget import expire_idle, forget_entity
-from stream_worker.ops.replay import ReplayRequest
+from stream_worker.ops.replay_plan import ReplayRequest
 from tests.integration.ops.worlds import CUSTOMERS, Live, documents
 from tests.kafka_topics import produce, read_all
 

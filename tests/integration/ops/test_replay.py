@@ -11,7 +11,10 @@ import pytest
 from dev.servers import KafkaServer
 from llm4es.errors import ConfigError
 from llm4es.testing import Boundaries, Crash, Crashing
-from stream_worker.ops.replay import ReplayRequest, opened_replay
+from stream_worker.assembly import deletion_key_of, open_window_store
+from stream_worker.ops.replay import opened_replay
+from stream_worker.ops.replay_plan import ReplayRequest
+from stream_worker.ops.snapshot import take_snapshot
 from stream_worker.ops.spans import TokenBucket
 from stream_worker.ports import NO_OFFSETS
 from stream_worker.sources.kafka import KafkaGroup, KafkaRecordSource
@@ -186,6 +189,54 @@ def test_what_was_begun_is_not_begun_again_unasked(
     with pytest.raises(ConfigError, match="--resume"):
         begun.replay(ReplayRequest())
     assert begun.replay(ReplayRequest(resume=True)).resumed
+
+
+def test_windows_begin_from_the_nearest_snapshot_before_the_span(
+    logged: tuple[Path, Live], tmp_path: Path
+) -> None:
+    log, _ = logged
+    lines = log.read_bytes().splitlines(keepends=True)
+    grows = tmp_path / "log.jsonl"
+    taken = tmp_path / "snapshots"
+    grown = Live(tmp_path / "grown", "log.jsonl", events=grows)
+    for upto in (40, 100, len(lines)):
+        grows.write_bytes(b"".join(lines[:upto]))
+        grown.work()
+        store = open_window_store(grown.settings, grown.bundle, read_only=True)
+        take_snapshot(
+            store,
+            taken / f"{upto}.db",
+            grown.bundle.id,
+            deletion_key=deletion_key_of(grown.settings),
+        )
+        store.close()
+    (taken / "notes.txt").write_text("no snapshot at all")
+    request = ReplayRequest(since="60", into="offline", every_event=True)
+    whole = Live(tmp_path / "whole", "log.jsonl", events=log)
+    due = whole.replay(request)
+    near = Live(tmp_path / "near", "log.jsonl", events=log)
+    with opened_replay(
+        near.settings.model_copy(update={"from_snapshot": taken}),
+        near.bundle,
+        near.embedder,
+        request,
+    ) as replay:
+        assert replay.plan.snapshot == str(taken / "100.db")
+        told = replay.plan.warm_up
+        report = replay.run()
+    assert report.warm_up_records == told == due.warm_up_records - 100
+    assert near.offline_rows() == whole.offline_rows() != {}
+    with pytest.raises(ConfigError, match="offsets within the span"):
+        near.replay(request, from_snapshot=taken / f"{len(lines)}.db")
+    early = Live(tmp_path / "early", "log.jsonl", events=log)
+    request = replace(request, since="2")
+    with opened_replay(
+        early.settings.model_copy(update={"from_snapshot": taken}),
+        early.bundle,
+        early.embedder,
+        request,
+    ) as replay:
+        assert replay.plan.snapshot is None
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory", "folder"])

@@ -24,7 +24,9 @@ from llm4es.feast.parts import list_parts
 from llm4es.features import FeatureRow, view_name
 from llm4es.testing import LengthEmbedder
 from stream_worker.assembly import assembled_around, open_window_store
-from stream_worker.ops.replay import ReplayReport, ReplayRequest, opened_replay
+from stream_worker.ops.replay import opened_replay
+from stream_worker.ops.replay_plan import ReplayRequest
+from stream_worker.ops.replay_report import ReplayReport
 from stream_worker.ports import Embedder
 from stream_worker.settings import WorkerSettings
 from stream_worker.worker import Parts

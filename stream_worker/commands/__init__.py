@@ -1,0 +1,1 @@
+"""The worker's commands, one module for each group of them."""
