@@ -40,6 +40,7 @@ from export.pooling import export_bundled, header_sums, resolve_pooling
 from export.projection import learn_projection
 from export.readers import Reader, open_reader
 from export.recipe import Recipe
+from export.snapshot import take_snapshot
 from llm4es.bundle import (
     ARRAYS,
     CACHED_GRAPH,
@@ -172,6 +173,8 @@ def build_bundle(request: Request, console: Console) -> Built:
         if recipe.projection is not None:
             with console.status("learning the projection"):
                 manifest = _project(folder, request, material, manifest, arrays)
+        with console.status("noting what is served of held-out entities"):
+            manifest = _note_served(folder, request, material, manifest)
         _describe(folder, request, trained, manifest, reader.tokens.renderer.header)
         load_bundle(folder)  # what is put into place is what a worker accepts
     shutil.rmtree(workplace)
@@ -343,6 +346,18 @@ def _project(
     )
     save_file(arrays | found, folder / ARRAYS)
     return seal_bundle(folder, manifest.model_copy(update={"projected": True, "dim": spec.dim}))
+
+
+def _note_served(
+    folder: Path, request: Request, material: _Material, manifest: Manifest
+) -> Manifest:
+    """Keep what the sealed bundle gives held-out entities, and seal it anew with that."""
+    histories = material.log.histories
+    held_out = {each: histories[each] for each in material.held_out} or histories
+    bundle = load_bundle(folder)
+    found = take_snapshot(bundle, held_out, seed=request.recipe.training.seed)
+    save_file({**bundle.arrays, **found}, folder / ARRAYS)
+    return seal_bundle(folder, manifest)
 
 
 def _describe(

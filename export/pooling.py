@@ -76,8 +76,8 @@ def header_sums(graph: ChapterGraph, header: NDArray[np.int64]) -> dict[str, NDA
 def repool(source: Path, pooled: Pooled, out: Path) -> Bundle:
     """Export a bundle's weights with another pooling: another bundle, at `out`, no training.
 
-    A projection is left out: it was learnt on other vectors. Raises ConfigError for a folder that
-    is there, BundleMismatch for a source that is no bundle.
+    A projection and the snapshot for drift are left out: they are of other vectors. Raises
+    ConfigError for a folder that is there, BundleMismatch for a source that is no bundle.
     """
     if out.exists():
         raise ConfigError("out", f"{out} is there", "name another folder")
@@ -101,7 +101,7 @@ def repool(source: Path, pooled: Pooled, out: Path) -> Bundle:
     arrays = {
         name: array
         for name, array in bundle.arrays.items()
-        if not name.startswith(("projection.", "header."))
+        if not name.startswith(("projection.", "header.", "snapshot."))
     }
     if pooling.pool_header:
         arrays |= header_sums(graphs[CACHED_GRAPH], header)

@@ -112,7 +112,8 @@ class WorkerSettings(BaseSettings):
         None, description="Snapshot that a fresh window store is filled from"
     )
     state_dir: Path = Field(
-        Path("build/state"), description="Folder of dead-letters.jsonl, with --source file"
+        Path("build/state"),
+        description="Folder of what ops keep, and of dead-letters.jsonl with --source file",
     )
 
     max_records: int = Field(512, ge=1, description="Records of one batch at most")

@@ -112,7 +112,6 @@ class Auditor:
         started = time.monotonic()
         tolerance = self._bundle.manifest.compute.tolerance * _SLACK
         findings: dict[str, list[Finding]] = {}
-        rows: list[FeatureRow] = []
         looked: dict[str, Seen] = {}
         worst = 0.0
         unverifiable: set[str] = set()
@@ -132,9 +131,9 @@ class Auditor:
                 findings[entity_id] = found
                 looked[entity_id] = each
                 worst = max(worst, _worst(each))
-            rows += [each.rows[max(each.rows)] for each in looked.values() if each.rows]
             if not moving:
                 break
+        rows = [each.rows[max(each.rows)] for each in looked.values() if each.rows]
         wrong = {entity_id: found for entity_id, found in findings.items() if found}
         repaired, not_repaired = 0, 0
         if request.repair:

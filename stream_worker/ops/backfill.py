@@ -1,15 +1,16 @@
 """`backfill`: a complete log into fresh windows and current rows, by one process or by Ray.
 
 Records are cut into buckets by entity; each is folded and embedded whole, from nothing, by the
-worker's own code. One process writes: rows to the offline log and online, then windows, and the
-offsets last of all. So a backfill that was killed is begun anew and passes over what stands, and
-workers go on where it ended.
+worker's own code. Buckets lie on disk, and a few at a time are in memory. One process writes: rows
+to the offline log and online, then windows, and the offsets last of all. So a backfill that was
+killed is begun anew and passes over what stands, and workers go on where it ended.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
@@ -21,22 +22,25 @@ from llm4es.engine import open_embedder
 from llm4es.errors import ConfigError
 from llm4es.events import Record, TopicPartition
 from llm4es.feast import FeastSink
-from llm4es.features import FeatureRow
+from llm4es.features import FeatureRow, view_name
 from llm4es.windows import Outcome
 from stream_worker.assembly import assembled_around, value_format_of, worker_policy
 from stream_worker.formats.decoding import ValueFormat
-from stream_worker.ops.buckets import BucketReader, Filled, Opener, bucket_of, fill_here
+from stream_worker.ops.buckets import BucketReader, Filled, Opener, fill_here
+from stream_worker.ops.disk_buckets import DiskBuckets
+from stream_worker.ops.locking import locked
+from stream_worker.ops.logs import ReplayableLog
 from stream_worker.ops.ray_pool import ray_pool
 from stream_worker.settings import WorkerSettings
 from stream_worker.worker import Parts
 
-__all__ = ["Backfilled", "Engine", "backfill", "run_backfill"]
+__all__ = ["BACKFILLS", "Backfilled", "Engine", "backfill", "run_backfill"]
 
+BACKFILLS = "backfills"  # in the state folder: records of those under way
 Engine = Literal["process", "ray"]
-_BUCKETS = 64
 _POLLED = 10_000
 
-Fill = Callable[[Sequence[Sequence[Record]]], Iterator[Filled]]
+Fill = Callable[[Iterable[Sequence[Record]]], Iterator[Filled]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,9 @@ def run_backfill(
     with assembled_around(settings, bundle, lambda _: unused) as built:
         form = value_format_of(settings, cast("FeastSink", built.parts.sink))
         opener = _opener(settings, form, threads=1 if engine == "ray" else settings.threads)
-        with _filling(opener, engine, actors, gpus) as fill:
-            done = backfill(built.parts, fill)
+        folder = settings.state_dir / BACKFILLS / view_name(bundle.manifest.entity, bundle.id)
+        with locked(folder, "backfill"), _filling(opener, engine, actors, gpus) as fill:
+            done = backfill(built.parts, fill, folder / "buckets")
     if as_json:
         print(msgspec.json.encode(asdict(done)).decode())  # noqa: T201 - the result
     else:
@@ -72,26 +77,31 @@ def run_backfill(
         )
 
 
-def backfill(parts: Parts, fill: Fill) -> Backfilled:
-    """Carry a complete log through to rows and windows.
+def backfill(parts: Parts, fill: Fill, folder: Path) -> Backfilled:
+    """Carry a complete log through to rows and windows; `folder` holds it meanwhile, by bucket.
 
     Raises ConfigError where the log's beginning is gone, or the window store was already read
     into by workers of this bundle.
     """
     ends = _refuse_unfit(parts)
-    buckets, records = _read_all(parts, ends)
+    buckets = DiskBuckets(folder, expected=sum(ends.values()))
     outcomes: Counter[Outcome] = Counter()
     entities = rows = letters = passed = 0
-    parts.store.remember(parts.source.describe().identity)
-    for filled in track(
-        fill(buckets), total=len(buckets), console=Console(stderr=True), description="buckets"
-    ):
-        written, stood = _write(parts, filled)
-        entities += written
-        passed += stood
-        rows += len(filled.rows)
-        letters += len(filled.parked)
-        outcomes.update(filled.outcomes)
+    try:
+        records = _cut(parts, ends, buckets)
+        count = buckets.finish()
+        parts.store.remember(parts.source.describe().identity)
+        for filled in track(
+            fill(buckets.read()), total=count, console=Console(stderr=True), description="buckets"
+        ):
+            written, stood = _write(parts, filled)
+            entities += written
+            passed += stood
+            rows += len(filled.rows)
+            letters += len(filled.parked)
+            outcomes.update(filled.outcomes)
+    finally:
+        buckets.remove()
     parts.sink.publish((), reached=ends)
     with parts.store.begin() as txn:
         txn.advance(ends)
@@ -154,20 +164,24 @@ class _FromStart:
         pass
 
 
-def _read_all(parts: Parts, ends: Mapping[TopicPartition, int]) -> tuple[list[list[Record]], int]:
-    """Cut the log as it is now into buckets by entity."""
-    parts.source.subscribe(_FromStart())
-    found: defaultdict[int, list[Record]] = defaultdict(list)
-    due = {tp: end for tp, end in ends.items() if end}
+def _cut(parts: Parts, ends: Mapping[TopicPartition, int], buckets: DiskBuckets) -> int:
+    """Cut the log as it is now into buckets by entity; the number of its records."""
+    source = cast("ReplayableLog", parts.source)
+    source.subscribe(_FromStart())
     count = 0
-    while due:
-        for record in parts.source.poll(_POLLED, 1.0):
-            if record.offset < ends[record.topic_partition]:
-                found[bucket_of(record.key, _BUCKETS)].append(record)
-                count += 1
-            if record.offset + 1 >= ends[record.topic_partition]:
-                due.pop(record.topic_partition, None)
-    return [found[bucket] for bucket in sorted(found)], count
+    while not _reached(source.positions(), ends):  # the last offset may be a transaction's end
+        records = [
+            record
+            for record in source.poll(_POLLED, 1.0)
+            if record.offset < ends[record.topic_partition]
+        ]
+        buckets.add(records)
+        count += len(records)
+    return count
+
+
+def _reached(positions: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]) -> bool:
+    return all(positions.get(tp, 0) >= end for tp, end in ends.items())
 
 
 def _opener(settings: WorkerSettings, form: ValueFormat, *, threads: int | None) -> Opener:

@@ -24,6 +24,7 @@ from llm4es.events import TopicPartition
 from llm4es.feast import FeastSink, open_sink
 from llm4es.windows import Window
 from stream_worker.assembly import deletion_key_of, open_window_store
+from stream_worker.ops.backfill import BACKFILLS
 from stream_worker.ops.letters import concerns, take_away
 from stream_worker.ops.logs import kafka_of, refuse_file, topic_of
 from stream_worker.ops.showing import show
@@ -278,11 +279,11 @@ def _in_files(folder: Path, entity_id: str) -> bool:
 
 
 def _drop_replays(state_dir: Path, entity_id: str) -> int:
-    """Remove what replays under way hold; they can be begun anew."""
+    """Remove what replays and backfills under way hold; they can be begun anew."""
     needle, removed = entity_id.encode(), 0
-    for folder in (state_dir / "replays").glob("*"):
-        files = folder.glob("windows.db*")
-        if any(needle in path.read_bytes() for path in files):
-            shutil.rmtree(folder)
-            removed += 1
+    for folder, kept in (("replays", "windows.db*"), (BACKFILLS, "buckets/*")):
+        for work in (state_dir / folder).glob("*"):
+            if any(needle in path.read_bytes() for path in work.glob(kept)):
+                shutil.rmtree(work)
+                removed += 1
     return removed

@@ -25,6 +25,7 @@ from llm4es.features import view_name
 from stream_worker.assembly import deletion_key_of, value_format_of, worker_policy
 from stream_worker.formats.decoding import Decode, open_decoder
 from stream_worker.metrics import Metrics, Summary
+from stream_worker.ops.locking import locked
 from stream_worker.ops.logs import ReplayableLog, open_log
 from stream_worker.ops.replay_plan import (
     PLAN_FILE,
@@ -33,7 +34,6 @@ from stream_worker.ops.replay_plan import (
     ReplayRequest,
     folder_name,
     go_on,
-    locked,
     make_plan,
     read_into,
     read_keys,
@@ -302,7 +302,7 @@ def opened_replay(
             source.close()
         folder = settings.state_dir / "replays" / folder_name(plan, request)
         if keep:
-            stack.enter_context(locked(folder))
+            stack.enter_context(locked(folder, "replay"))
             begun = read_plan(folder)
             plan = go_on(folder, plan, begun, resume=request.resume)
         yield Replay(

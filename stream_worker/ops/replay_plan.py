@@ -1,10 +1,7 @@
 """What a replay is about to do: worked out once, and kept beside its windows for a resume."""
 
-import fcntl
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +26,6 @@ __all__ = [
     "ReplayRequest",
     "folder_name",
     "go_on",
-    "locked",
     "make_plan",
     "read_into",
     "read_keys",
@@ -218,25 +214,3 @@ def go_on(folder: Path, plan: Plan, begun: Plan | None, *, resume: bool) -> Plan
     temporary.write_bytes(msgspec.json.encode(plan))
     temporary.replace(folder / PLAN_FILE)
     return plan
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from this replay. Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(
-            "state_dir", f"{folder} cannot be written ({error.strerror})", "name a folder that can"
-        ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                "replay", "another process carries out this very replay", "wait for it"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from stream_worker.metrics import Metrics
+from stream_worker.ops.audit_metrics import AuditMetrics
 from tests.commands import ROOT
 
 FOLDER = ROOT / "observability"
@@ -24,11 +25,28 @@ SUFFIXES = {
 
 
 def exposed() -> set[str]:
-    """Names of the samples that a worker gives which has polled."""
-    metrics = Metrics()
+    """Names of the samples that a worker gives which has polled, and an audit that has found."""
+    metrics, audits = Metrics(), AuditMetrics()
     metrics.polled({})
+    audits.audited(
+        {
+            "equal_share": 0.9,
+            "worst_difference": 0.1,
+            "sampled": 10,
+            "unverifiable": 0,
+            "findings": {"online value": 1},
+            "drift": {
+                "embedding_shift": 0.1,
+                "embedding_spread": 1.0,
+                "surprise_shift": {"all_hinf": 0.1},
+            },
+        }
+    )
     return {
-        f"{metric.name}{suffix}" for metric in metrics.collect() for suffix in SUFFIXES[metric.type]
+        f"{metric.name}{suffix}"
+        for collector in (metrics, audits)
+        for metric in collector.collect()
+        for suffix in SUFFIXES[metric.type]
     }
 
 

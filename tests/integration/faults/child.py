@@ -36,7 +36,7 @@ class Plan:
     occurrence: int = 0
 
 
-def faults_bundle() -> Bundle:
+def faults_bundle(bundle_id: str = "00000000test") -> Bundle:
     """Short chapters, a lateness of two minutes: every way a window can change is taken soon."""
     policy = WindowPolicy(
         chapter_events=5,
@@ -44,7 +44,7 @@ def faults_bundle() -> Bundle:
         allowed_lateness=timedelta(seconds=120),
         max_clock_skew=timedelta(seconds=5),
     )
-    return modelless_bundle(schema(), entity="customer", window=policy)
+    return modelless_bundle(schema(), entity="customer", window=policy, bundle_id=bundle_id)
 
 
 def work(plan: Plan) -> None:

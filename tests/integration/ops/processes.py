@@ -2,21 +2,22 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Mapping
 from itertools import count
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from signal import SIGKILL
 from typing import Any
 
 from llm4es.testing import LengthEmbedder
+from stream_worker.assembly import assembled_around
 from stream_worker.ops.replay import opened_replay
 from stream_worker.ops.replay_plan import ReplayRequest
 from stream_worker.ops.rollout import Rollout
 from stream_worker.settings import WorkerSettings
 from tests.integration.faults.child import faults_bundle
 
-__all__ = ["Killable", "replay", "take_step"]
+__all__ = ["Killable", "replay", "serve", "take_step"]
 
 
 class Killable:
@@ -35,7 +36,12 @@ class Killable:
         assert self.process.exitcode is None, "it ended by itself"
         self.process.kill()
         self.process.join()
-        assert self.process.exitcode == -SIGKILL
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def stop(self) -> None:
+        """SIGTERM, as an orchestrator does; it ends well."""
+        self.process.terminate()
+        assert self.end() == 0
 
     def end(self, timeout_s: float = 120.0) -> int:
         """Wait for its end; the exit code, negative where a signal ended it."""
@@ -58,6 +64,13 @@ def take_step(settings: Mapping[str, Any], verb: str, at: int) -> None:
 
     def on_step(_: str) -> None:
         if next(moments) == at:
-            os.kill(os.getpid(), SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     getattr(Rollout(WorkerSettings(**settings), on_step=on_step), verb)()
+
+
+def serve(settings: WorkerSettings, bundle_id: str) -> None:
+    """Run a worker of a bundle until SIGTERM."""
+    with assembled_around(settings, faults_bundle(bundle_id), LengthEmbedder) as built:
+        signal.signal(signal.SIGTERM, lambda *_: built.worker.stop())
+        built.worker.run()

@@ -39,7 +39,7 @@ CUSTOMERS = 12
 _REPO = """\
 project: llm4es
 provider: local
-registry: data/registry.db
+registry: {{path: data/registry.db, cache_ttl_seconds: 1}}
 online_store: {online}
 offline_store: {{type: llm4es.feast.offline_log.LogOfflineStore}}
 entity_key_serialization_version: 3
