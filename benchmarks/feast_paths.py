@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -129,11 +130,16 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def in_turns(works: Sequence[Callable[[int], object]], repeats: int) -> list[float]:
-    """Median seconds of each, one after the other in every round; a round before is not counted."""
+    """Median seconds of each, all once in every round; a round before is not counted.
+
+    Each round has an order of its own: what comes after a long work finds caches cold, and is the
+    first to be put aside on a machine that others use.
+    """
     taken: list[list[float]] = [[] for _ in works]
+    order = np.random.default_rng(0)
     for number in range(repeats + 1):
-        for index, work in enumerate(works):
-            taken[index].append(timed(lambda work=work, number=number: work(number)))  # type: ignore[misc]
+        for index in order.permutation(len(works)):
+            taken[index].append(timed(partial(works[index], number)))
     return [median(each[1:]) for each in taken]
 
 
@@ -277,7 +283,7 @@ def redis(folder: Path) -> tuple[Figures, Figures]:
     with RedisServer(folder / "redis") as server:
         store, spec = online_world(folder, server.address)
         sink = open_sink(folder / "repo", spec, writer_id="bench")
-        repeats = 60
+        repeats = 150
         pushed = frames(spec, repeats + 1)
         ours = [rows(spec, BATCH, step=10_000 + n) for n in range(repeats + 1)]
         view = store.get_feature_view(sink._target.view.name)  # noqa: SLF001

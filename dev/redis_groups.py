@@ -35,7 +35,12 @@ class RedisClusterServers:
     @property
     def url(self) -> str:
         """redis+cluster://HOST:PORT,HOST:PORT."""
-        return "redis+cluster://" + ",".join(node.address for node in self._nodes)
+        return f"redis+cluster://{self.address}"
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT,HOST:PORT, as Feast takes it."""
+        return ",".join(node.address for node in self._nodes)
 
     @property
     def ports(self) -> list[int]:

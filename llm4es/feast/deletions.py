@@ -62,6 +62,7 @@ class Deletions:
     def __init__(self, folder: Path, key: DeletionKey | None) -> None:
         self._log = folder
         self._folder = folder / _FOLDER
+        self._hashes = str(self._folder / "hashes")
         self._key = key
         self._read = 0  # bytes of `hashes` that `_known` has
         self._known: dict[bytes, datetime] = {}
@@ -69,15 +70,14 @@ class Deletions:
 
     def refresh(self) -> None:
         """Take in what other writers have noted since. One `stat` where nothing is new."""
-        hashes = self._folder / "hashes"
         try:
-            size = hashes.stat().st_size
+            size = os.stat(self._hashes).st_size  # noqa: PTH116 - each batch asks: a Path is slow
         except FileNotFoundError:
             return
         whole = size - (size - _FINGERPRINT_BYTES) % _ENTRY.size  # a torn entry is not there yet
         if whole <= self._read:
             return
-        content = hashes.read_bytes()[:whole]
+        content = (self._folder / "hashes").read_bytes()[:whole]
         found = content[:_FINGERPRINT_BYTES]
         DeletionKey.refuse_other(found, self._key, f"the offline log {self._log}")
         for name, microseconds in _ENTRY.iter_unpack(content[_FINGERPRINT_BYTES:]):
@@ -116,6 +116,8 @@ class Deletions:
     def kept(self, rows: Sequence[FeatureRow]) -> list[FeatureRow]:
         """Rows that no tombstone forbids."""
         self.refresh()
+        if not self._known:
+            return list(rows)
         return [row for row in rows if self._allows(row.entity_id, row.as_of)]
 
     def without(self, table: pa.Table) -> pa.Table:

@@ -31,10 +31,17 @@ __all__ = [
     "OnlineRows",
     "PortableRows",
     "ViewTarget",
+    "encode_float",
+    "encode_integer",
+    "encode_nanos",
     "encode_row",
+    "encode_seconds",
     "encode_text",
     "encode_timestamp",
+    "encode_unix_timestamp",
     "encode_vector",
+    "text_header",
+    "vector_header",
 ]
 
 log = logging.getLogger(__name__)
@@ -135,11 +142,12 @@ class OnlineRows(Protocol):
 def encode_vector(vector: NDArray[np.float32]) -> bytes:
     """Encode (n,) float32 as the wire form of Value(float_list_val=FloatList(val=vector))."""
     data = np.ascontiguousarray(vector, dtype="<f4").tobytes()
-    return _vector_header(len(data)) + data
+    return vector_header(len(data)) + data
 
 
 @lru_cache(maxsize=64)
-def _vector_header(size: int) -> bytes:
+def vector_header(size: int) -> bytes:
+    """What stands in front of a vector's own `size` bytes."""
     inner = bytes([_FLOATS_TAG]) + _varint(size) if size else b""
     return _varint(_FLOAT_LIST_TAG) + _varint(len(inner) + size) + inner
 
@@ -149,10 +157,10 @@ def encode_row(row: FeatureRow, target: ViewTarget) -> dict[str, bytes]:
     values = {
         "embedding": encode_vector(row.embedding),
         "surprise": encode_vector(row.surprise),
-        "surprise_last": _FLOAT_TAG + _FLOAT.pack(row.surprise_last),
-        "event_count": _INTEGER_TAG + _varint(row.event_count),
+        "surprise_last": encode_float(row.surprise_last),
+        "event_count": encode_integer(row.event_count),
         "last_event_id": encode_text(row.last_event_id),
-        "last_event_time": _TIME_TAG + _varint(int(row.last_event_time.timestamp())),
+        "last_event_time": encode_unix_timestamp(int(row.last_event_time.timestamp())),
         "bundle_id": encode_text(row.bundle_id),
     }
     if target.key_is_feature:
@@ -160,19 +168,51 @@ def encode_row(row: FeatureRow, target: ViewTarget) -> dict[str, bytes]:
     return values
 
 
+def encode_float(number: float) -> bytes:
+    """Wire form of Value(float_val=number)."""
+    encoded: bytes = _FLOAT_TAG + _FLOAT.pack(number)
+    return encoded
+
+
+def encode_integer(number: int) -> bytes:
+    """Wire form of Value(int64_val=number)."""
+    encoded: bytes = _INTEGER_TAG + _varint(number)
+    return encoded
+
+
+def encode_unix_timestamp(seconds: int) -> bytes:
+    """Wire form of Value(unix_timestamp_val=seconds)."""
+    encoded: bytes = _TIME_TAG + _varint(seconds)
+    return encoded
+
+
 def encode_text(text: str) -> bytes:
     """Wire form of Value(string_val=text)."""
     encoded = text.encode()
-    header: bytes = _TEXT_TAG + _varint(len(encoded))
-    return header + encoded
+    return text_header(len(encoded)) + encoded
+
+
+def text_header(size: int) -> bytes:
+    """What stands in front of a text's own `size` bytes."""
+    header: bytes = _TEXT_TAG + _varint(size)
+    return header
 
 
 def encode_timestamp(moment: datetime) -> tuple[int, int, bytes]:
     """Seconds and nanoseconds since 1970, and the wire form of that Timestamp."""
     since = moment - EPOCH
     seconds, nanos = since.days * 86_400 + since.seconds, since.microseconds * 1_000
-    encoded = _SECONDS_TAG + _varint(seconds) if seconds else b""
-    return seconds, nanos, encoded + _NANOS_TAG + _varint(nanos) if nanos else encoded
+    return seconds, nanos, encode_seconds(seconds) + encode_nanos(nanos)
+
+
+def encode_seconds(seconds: int) -> bytes:
+    """Wire form of a Timestamp's seconds."""
+    return _SECONDS_TAG + _varint(seconds) if seconds else b""
+
+
+def encode_nanos(nanos: int) -> bytes:
+    """Wire form of a Timestamp's nanoseconds, which stand behind its seconds."""
+    return _NANOS_TAG + _varint(nanos) if nanos else b""
 
 
 class PortableRows:
@@ -315,11 +355,22 @@ class PortableRows:
 
 
 _SHORT = [bytes([number]) for number in range(_CONTINUES)]
+_FIVE_BYTES = range(2**28, 2**35)  # seconds of today, and most of a second's nanoseconds
 
 
 def _varint(number: int) -> bytes:
     if 0 <= number < _CONTINUES:
         return _SHORT[number]
+    if number in _FIVE_BYTES:
+        return bytes(
+            (
+                number & 0x7F | _CONTINUES,
+                number >> 7 & 0x7F | _CONTINUES,
+                number >> 14 & 0x7F | _CONTINUES,
+                number >> 21 & 0x7F | _CONTINUES,
+                number >> 28,
+            )
+        )
     number &= _64_BITS  # a negative one, in two's complement
     encoded = bytearray()
     while number >= _CONTINUES:

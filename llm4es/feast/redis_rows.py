@@ -9,10 +9,8 @@ cannot lose a race to us. Feast's readers notice no difference.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import cache
-from hashlib import sha1
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -27,109 +25,16 @@ from llm4es.deletion import Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
 from llm4es.feast.entity_keys import entity_keys
 from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row, encode_timestamp
+from llm4es.feast.redis_packing import RowPacker
+from llm4es.feast.redis_scripts import DELETE, REPLACE, WRITE, script_sha
 from llm4es.features import FeatureRow
 
 __all__ = ["REDIS_ERRORS", "RedisRows", "translate_redis_error"]
 
-_DECODE = """
-local function decode(bytes)
-  local seconds, nanos, at = 0, 0, 1
-  while at <= #bytes do
-    local tag, value, scale = string.byte(bytes, at), 0, 1
-    at = at + 1
-    repeat
-      local byte = string.byte(bytes, at)
-      at = at + 1
-      value = value + (byte % 128) * scale
-      scale = scale * 128
-    until byte < 128
-    if tag == 8 then seconds = value elseif tag == 16 then nanos = value end
-  end
-  return seconds, nanos
-end
-"""
-# KEYS: entities. ARGV: ttl (0: none), how many fields, their names, the timestamp's first; then for
-# each entity seconds, nanos and values. Gives, for each, 1 written, 0 the same stands, -1 a newer
-# one stands.
-_SCRIPT = (
-    _DECODE
-    + """
-local ttl, count = ARGV[1], tonumber(ARGV[2])
-local answers, at = {}, 3 + count
-for each, key in ipairs(KEYS) do
-  local seconds, nanos = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
-  local standing = redis.call('HGET', key, ARGV[3])
-  local answer = 1
-  if standing then
-    local stood_s, stood_n = decode(standing)
-    if stood_s > seconds or (stood_s == seconds and stood_n > nanos) then answer = -1
-    elseif stood_s == seconds and stood_n == nanos then answer = 0 end
-  end
-  if answer == 1 then
-    local values = {}
-    for i = 1, count do
-      values[2 * i - 1] = ARGV[2 + i]
-      values[2 * i] = ARGV[at + 1 + i]
-    end
-    redis.call('HSET', key, unpack(values))
-    if ttl ~= '0' then redis.call('EXPIRE', key, ttl)
-    else redis.call('PERSIST', key) end -- a deleted entity's key was to end
-  end
-  answers[each] = answer
-  at = at + 2 + count
-end
-return answers
-"""
-)
-# KEYS: entity. ARGV: the timestamp's value that was seen (empty: none), ttl (0: none), then the
-# hash's fields and values, the timestamp's first. -1 where another timestamp stands.
-_REPLACE = """
-if (redis.call('HGET', KEYS[1], ARGV[3]) or '') ~= ARGV[1] then return -1 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 3))
-if ARGV[2] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[2])
-else redis.call('PERSIST', KEYS[1]) end
-return 1
-"""
-# KEYS: a topic's marks. ARGV: how many pairs (name, number known to be held) come first, then
-# pairs (name, number) to move up to. 0, and nothing written, where less is held.
-_MARK = """
-local held = 2 * tonumber(ARGV[1])
-for i = 2, held, 2 do
-  local found = redis.call('HGET', KEYS[1], ARGV[i])
-  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then return 0 end
-end
-for i = held + 2, #ARGV, 2 do
-  local found = redis.call('HGET', KEYS[1], ARGV[i])
-  if tonumber(found or '0') < tonumber(ARGV[i + 1]) then
-    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
-  end
-end
-return 1
-"""
-# KEYS: entity. ARGV: seconds, nanos, guard in seconds, the timestamp's field and value, then the
-# view's fields. The key, which other views of the entity share, ends with its guard when nothing
-# but timestamps is left. Gives -1 where a newer row stands, and changes nothing then.
-_DELETE = (
-    _DECODE
-    + """
-local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
-local standing = redis.call('HGET', KEYS[1], ARGV[4])
-if standing then
-  local stood_s, stood_n = decode(standing)
-  if stood_s > seconds or (stood_s == seconds and stood_n > nanos) then return -1 end
-end
-redis.call('HDEL', KEYS[1], unpack(ARGV, 6))
-redis.call('HSET', KEYS[1], ARGV[4], ARGV[5])
-for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
-  if string.sub(name, 1, 4) ~= '_ts:' then return 1 end
-end
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-return 1
-"""
-)
 _SUPERSEDED = -1
 _PIPELINED = 8  # calls of one round trip
 _ROWS = 64  # of one call: the server does nothing else meanwhile
+_MARKS_AT = 6  # among the arguments of WRITE
 # What a call of redis-py may raise; its cluster client has a root of its own.
 REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 _REFUSALS = (
@@ -170,6 +75,16 @@ class _Call(NamedTuple):
     keys: Sequence[bytes | str]
     arguments: Sequence[bytes | str | int]
 
+    def with_marks(self, marks: "_Call") -> "_Call":
+        """Rows and marks, of two calls of WRITE, in one."""
+        arguments = (*self.arguments[:_MARKS_AT], *marks.arguments[_MARKS_AT:])
+        return _Call(self.script, [*self.keys, *marks.keys], arguments)
+
+    def command(self) -> Iterator[bytes | str | int]:
+        """What is sent."""
+        head = ("EVALSHA", script_sha(self.script), len(self.keys))
+        return chain(head, self.keys, self.arguments)
+
 
 class RedisRows:
     """Compare-and-set into the hashes of Feast's Redis store, a batch per round trip."""
@@ -192,6 +107,7 @@ class RedisRows:
         self._fields = {
             feature.name: _mmh3(f"{name}:{feature.name}") for feature in target.view.features
         }
+        self._packer = RowPacker(target, self._fields, self._timestamp_field)
         try:
             # Feast's own reading of the connection string: TLS, Sentinel and Cluster included.
             self._client: Any = RedisOnlineStore()._get_client(config.online_store)  # noqa: SLF001
@@ -199,7 +115,9 @@ class RedisRows:
                 # Once more at once, for a connection that was closed while it idled. Waiting is
                 # the worker's: redis-py's own patience would be ten seconds per call.
                 self._client.set_retry(Retry(NoBackoff(), 1))
-            self._client.ping()
+            # A connection of its own spares each batch the pool, a tenth of its time.
+            self._own: Any = self._client if self._cluster else self._client.client()
+            self._own.ping()
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
 
@@ -211,25 +129,30 @@ class RedisRows:
         held: Marks = NO_MARKS,
         ahead: Marks = NO_MARKS,
     ) -> list[str]:
-        """See OnlineRows. The marks go with the last rows, behind them, in one round trip."""
-        # The keys of one call are of one node: in a cluster that is known of one key alone.
+        """See OnlineRows. Rows and marks are one round trip, or two to a Cluster."""
+        # The keys of one call are of one node: in a Cluster that is known of one key alone.
         step = 1 if self._cluster else _ROWS
-        calls = [self._writing(rows[at : at + step]) for at in range(0, len(rows), step)]
-        if held or ahead:
-            pairs = [text for pair in (*held.items(), *ahead.items()) for text in pair]
-            calls.append(_Call(_MARK, [self._marks_key(topic)], [len(held), *pairs]))
+        chunks = [rows[at : at + step] for at in range(0, len(rows), step)]
+        calls = [self._writing(chunk) for chunk in chunks]
+        marks = self._moving(topic, held, ahead) if held or ahead else None
+        if marks is not None and calls and not self._cluster:
+            calls[-1] = calls[-1].with_marks(marks)
+            marks = None
         answers: list[Any] = []
         pipelined = _PIPELINED * (_ROWS if self._cluster else 1)
         for start in range(0, len(calls), pipelined):
             answers += self._execute(calls[start : start + pipelined])
-        if (held or ahead) and not answers.pop():
+        superseded = [
+            chunk[place - 1].entity_id
+            for chunk, answer in zip(chunks, answers, strict=True)
+            for place in answer[1:]
+        ]
+        if marks is not None:
+            answers = self._execute([marks])
+        if answers and not answers[-1][0]:
             msg = f"the online store has lost what it noted of {topic}, and so rows"
             raise StoreLost(msg)
-        return [
-            row.entity_id
-            for row, answer in zip(rows, chain.from_iterable(answers), strict=True)
-            if answer == _SUPERSEDED
-        ]
+        return superseded
 
     def marks(self, topic: str) -> Marks | None:
         """See OnlineRows."""
@@ -243,7 +166,7 @@ class RedisRows:
         """See OnlineRows."""
         calls = [
             _Call(
-                _DELETE,
+                DELETE,
                 [self._key(each.entity_id)],
                 [*self._moment_of(each.as_of, math.ceil(guard_s)), *self._fields.values()],
             )
@@ -260,7 +183,7 @@ class RedisRows:
             arguments += [self._timestamp_field, encode_timestamp(row.as_of)[2]]
             for name, value in encode_row(row, self._target).items():
                 arguments += [self._fields[name], value]
-            calls.append(_Call(_REPLACE, [self._key(row.entity_id)], arguments))
+            calls.append(_Call(REPLACE, [self._key(row.entity_id)], arguments))
         answers = self._execute(calls)
         return [
             row.entity_id
@@ -285,29 +208,31 @@ class RedisRows:
 
     def close(self) -> None:
         """Close the connections."""
+        self._own.close()
         self._client.close()
 
     def _execute(self, calls: "Sequence[_Call]") -> list[Any]:
         try:
             answers = self._send(calls)
             if any(isinstance(answer, exceptions.NoScriptError) for answer in answers):
+                # The server has forgotten it, or a node of a Cluster never had it.
                 for script in {call.script for call in calls}:
                     self._client.script_load(script)
-                answers = self._send(calls)  # rows that were written answer "the same stands"
+                answers = self._send(calls)  # rows that were written answer that they stand
         except REDIS_ERRORS as error:
             raise translate_redis_error(error) from error
         _raise_first(answers)
         return answers
 
     def _send(self, calls: "Sequence[_Call]") -> list[Any]:
+        if len(calls) == 1:
+            try:
+                return [self._own.execute_command(*calls[0].command())]
+            except exceptions.NoScriptError as error:
+                return [error]
         pipe = self._client.pipeline(transaction=False)
-        for call in calls:
-            if self._cluster:  # a cluster's pipeline refuses EVALSHA
-                pipe.eval(call.script, len(call.keys), *call.keys, *call.arguments)
-            else:
-                pipe.execute_command(
-                    "EVALSHA", _sha(call.script), len(call.keys), *call.keys, *call.arguments
-                )
+        for call in calls:  # as a Cluster's pipeline takes them too: it has no `evalsha`
+            pipe.execute_command(*call.command())
         answers: list[Any] = pipe.execute(raise_on_error=False)
         return answers
 
@@ -315,23 +240,19 @@ class RedisRows:
         return f"llm4es:{self._project}:{self._view}:marks:{topic}"
 
     def _writing(self, rows: Sequence[FeatureRow]) -> _Call:
-        names = [self._timestamp_field, *self._fields.values()]
-        arguments: list[bytes | str | int] = [self._ttl, len(names), *names]
-        for row in rows:
-            seconds, nanos, moment = encode_timestamp(row.as_of)
-            values = encode_row(row, self._target)
-            arguments += [seconds, nanos, moment]
-            arguments += [values[name] for name in self._fields]
-        return _Call(_SCRIPT, [self._key(row.entity_id) for row in rows], arguments)
+        guards, packed = self._packer.pack(rows)
+        keys = [self._key(row.entity_id) for row in rows]
+        head = (len(rows), self._ttl, self._timestamp_field)
+        return _Call(WRITE, keys, (*head, guards, packed, self._packer.width))
+
+    def _moving(self, topic: str, held: Marks, ahead: Marks) -> _Call:
+        pairs: Iterator[str | int] = chain(*held.items(), *ahead.items())
+        arguments = (*self._writing(()).arguments, len(held), *pairs)
+        return _Call(WRITE, [self._marks_key(topic)], arguments)
 
     def _moment_of(self, as_of: datetime, guard_s: int) -> list[bytes | str | int]:
         seconds, nanos, value = encode_timestamp(as_of)
         return [seconds, nanos, guard_s, self._timestamp_field, value]
-
-
-@cache
-def _sha(script: str) -> str:
-    return sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def translate_redis_error(error: Exception) -> SinkUnavailable | SinkRejected | ConfigError:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from feast import KafkaSource
 from feast.data_format import AvroFormat, ProtoFormat
+from numpy.typing import NDArray
 
 from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey, Tombstone
@@ -31,6 +32,7 @@ from llm4es.features import FeatureRow
 __all__ = ["FeastSink", "open_sink"]
 
 _GUARD_S = 7 * 86_400.0
+_FLOAT32 = np.dtype(np.float32)
 
 
 class FeastSink:
@@ -103,10 +105,8 @@ class FeastSink:
         SinkRejected, StoreLost.
         """
         self._refuse_broken(rows)
-        entity, times = (
-            Counter(row.entity_id for row in rows).most_common(1)[0] if rows else ("", 0)
-        )
-        if times > 1:
+        if len({row.entity_id for row in rows}) < len(rows):
+            entity, times = Counter(row.entity_id for row in rows).most_common(1)[0]
             raise SinkRejected(f"entity {entity_hash(entity)} has {times} rows in one call")
         kept = self._journal.kept(rows)
         self.superseded += len(rows) - len(kept)
@@ -253,23 +253,23 @@ class FeastSink:
 
     def _sound(self, rows: Sequence[FeatureRow]) -> bool:
         """Whether all rows are as they should be, looked at together: else one by one."""
-        for vectors, size in (
-            ([row.embedding for row in rows], self._dim),
-            ([row.surprise for row in rows], self._columns),
-        ):
-            if any(each.shape != (size,) or each.dtype != np.float32 for each in vectors):
+        vector, surprise, bundle_id = (self._dim,), (self._columns,), self._bundle_id
+        numbers: list[NDArray[np.float32]] = []
+        for row in rows:
+            if not (
+                row.embedding.shape == vector
+                and row.surprise.shape == surprise
+                and row.embedding.dtype is row.surprise.dtype is _FLOAT32
+                and row.as_of.tzinfo is not None
+                and row.last_event_time.tzinfo is not None
+                and row.as_of >= EPOCH
+                and row.entity_id
+                and row.bundle_id == bundle_id
+                and math.isfinite(row.surprise_last)
+            ):
                 return False
-            if rows and not np.isfinite(np.stack(vectors)).all():
-                return False
-        return all(
-            row.as_of.tzinfo is not None
-            and row.last_event_time.tzinfo is not None
-            and row.as_of >= EPOCH
-            and row.entity_id
-            and row.bundle_id == self._bundle_id
-            and math.isfinite(row.surprise_last)
-            for row in rows
-        )
+            numbers += (row.embedding, row.surprise)
+        return not numbers or bool(np.isfinite(np.concatenate(numbers)).all())
 
     def _problem(self, row: FeatureRow) -> str | None:
         for name, vector, size in (

@@ -1,5 +1,6 @@
 """One suite over the sink's three ways into an online store, read back as stock clients read."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -18,11 +19,12 @@ from feast import FeatureStore
 from feast.data_format import AvroFormat, ProtoFormat, StreamFormat
 from redis import Redis
 
-from dev.servers import RedisServer, wait_until
+from dev.servers import RedisClusterServers, RedisServer, wait_until
 from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
 from llm4es.events import TopicPartition, entity_hash
 from llm4es.feast import FeastSink, ViewSpec, open_reader, open_sink
+from llm4es.feast.embedding_reader import Embeddings, Status, open_embedding_reader
 from llm4es.feast.online import PortableRows
 from llm4es.feast.redis_rows import RedisRows
 from llm4es.feast.sqlite_rows import SqliteRows
@@ -49,7 +51,13 @@ VIEW = view_name("customer", BUNDLE_ID)
 # A real store that is neither Redis nor plain SQLite: its table has a column that ours does not
 # know. It keeps whole seconds and lets an older row overwrite a newer one, as most stores do.
 OTHER_STORE = ", enable_openai_compatible_store: true"
-WAYS = {"sqlite": SqliteRows, "redis": RedisRows, "portable": PortableRows}
+WAYS = {
+    "sqlite": SqliteRows,
+    "redis": RedisRows,
+    "redis cluster": RedisRows,
+    "portable": PortableRows,
+}
+EXTRA = {"portable": OTHER_STORE, "redis cluster": ", redis_type: redis_cluster"}
 
 
 @dataclass(frozen=True)
@@ -81,21 +89,31 @@ class World:
         return found
 
 
+@pytest.fixture(scope="module")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisClusterServers]:
+    with RedisClusterServers(tmp_path_factory.mktemp("cluster")) as servers:
+        yield servers
+
+
 @pytest.fixture(scope="module", params=list(WAYS))
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp(request.param)
-    redis: RedisServer | None = None
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    redis: RedisServer | RedisClusterServers | None = None
     if request.param == "redis":
         redis = request.getfixturevalue("redis_server")
+    if request.param == "redis cluster":
+        redis = request.getfixturevalue("redis_cluster")
     return make_world(folder, request.param, redis)
 
 
-def make_world(folder: Path, way: str, redis: RedisServer | None = None) -> World:
+def make_world(
+    folder: Path, way: str, redis: RedisServer | RedisClusterServers | None = None
+) -> World:
     spec = make_spec(folder / "bundle")
     repo = make_repo(
         folder / "repo",
         redis_url=None if redis is None else redis.address,
-        extra=OTHER_STORE if way == "portable" else "",
+        extra=EXTRA.get(way, ""),
     )
     return World(way, repo, spec, apply(repo, spec))
 
@@ -485,6 +503,28 @@ def test_a_reader_makes_no_database_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no table"):
         open_reader(world.repo, world.spec)
     assert not (world.repo / "data/online.db").exists()
+
+
+def test_our_reader_reads_rows_of_a_redis_cluster_too(
+    tmp_path: Path, redis_cluster: RedisClusterServers, unique: str
+) -> None:
+    world = make_world(tmp_path, "redis cluster", redis_cluster)
+    sink = world.open()
+    rows = [row(world.spec, f"{unique}-{n}", seed=n) for n in range(40)]  # of both nodes
+    sink.publish(rows)
+    ids = [each.entity_id for each in rows]
+    reader = open_embedding_reader(world.repo, "customer")
+
+    async def read() -> Embeddings:
+        found = await reader.read_async([*ids, "nobody"])
+        await reader.close_async()
+        return found
+
+    for found in (reader.read([*ids, "nobody"]), asyncio.run(read())):
+        assert found.vectors[:-1].tolist() == [each.embedding.tolist() for each in rows]
+        assert list(found.status) == [Status.PRESENT] * len(rows) + [Status.MISSING]
+    reader.close()
+    sink.close()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What we write by hand is, byte for byte, what Feast's own messages give."""
 
+import struct
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm4es.feast.online import ViewTarget, encode_row, encode_timestamp, encode_vector
+from llm4es.feast.redis_packing import RowPacker
 from tests.feast_parts import BUNDLE_ID, apply, make_repo, make_spec, row
 
 pytestmark = [
@@ -65,6 +67,60 @@ def test_a_row_is_what_feasts_messages_give(  # noqa: PLR0917 - hypothesis
     assert extract_text_and_num(messages["surprise_last"], compute_num=False)[0] == str(
         float(np.float32(last))
     )
+
+
+@given(
+    entities=st.lists(st.text(max_size=300), max_size=4),
+    event=st.text(max_size=300),
+    count=st.integers(0, 2**62),
+    when=MOMENTS,
+    old=OLD,
+    dim=st.sampled_from([8, 384, 20_000]),  # lengths of 8, 16 and 32 bits
+)
+def test_rows_packed_for_redis_are_what_feasts_messages_give(  # noqa: PLR0917 - hypothesis
+    target: ViewTarget,
+    entities: list[str],
+    event: str,
+    count: int,
+    when: datetime,
+    old: datetime,
+    dim: int,
+) -> None:
+    names = [feature.name for feature in target.view.features]
+    packer = RowPacker(target, {name: name.encode() for name in names}, b"_ts:" + b"v" * 40)
+    spec = make_spec(Path(target.store.repo_path).parent / "bundle")
+    rows = [
+        replace(
+            row(spec, entity, as_of=when, embedding=np.arange(dim, dtype=np.float32)),
+            last_event_id=event,
+            event_count=count,
+            last_event_time=old,
+        )
+        for entity in entities
+    ]
+    guards, packed = packer.pack(rows)
+    moment = encode_timestamp(when)
+    numbers = struct.iter_unpack(">xQxIxI", guards)
+    for made, (seconds, nanos, at) in zip(rows, numbers, strict=True):
+        assert (seconds, nanos) == moment[:2]
+        strings = unpacked(packed[at:], packer.width)
+        assert dict(zip(strings[::2], strings[1::2], strict=True)) == {
+            b"_ts:" + b"v" * 40: moment[2],
+            **{name.encode(): value for name, value in encode_row(made, target).items()},
+        }
+        assert strings[0].startswith(b"_ts:")
+
+
+def unpacked(content: bytes, count: int) -> list[bytes]:
+    """Strings of MessagePack."""
+    found, at = [], 0
+    for _ in range(count):
+        size = {0xDA: 2, 0xDB: 4}.get(content[at], 0)
+        length = int.from_bytes(content[at + 1 : at + 1 + size]) if size else content[at] & 0x1F
+        assert size or content[at] >> 5 == 0b101
+        found.append(content[at + 1 + size : at + 1 + size + length])
+        at += 1 + size + length
+    return found
 
 
 @given(moment=MOMENTS)
