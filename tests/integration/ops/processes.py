@@ -38,6 +38,18 @@ class Killable:
         self.process.join()
         assert self.process.exitcode == -signal.SIGKILL
 
+    def freeze(self) -> None:
+        """Stop it as a paused virtual machine stops."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on, knowing nothing."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
     def stop(self) -> None:
         """SIGTERM, as an orchestrator does; it ends well."""
         self.process.terminate()

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from dev.processes import wait_until
 from dev.servers import KafkaServer, RedisServer
 from llm4es.testing import LengthEmbedder
 from stream_worker.assembly import assembled_around
 from stream_worker.ops.forget import expire_idle, forget_entity
 from stream_worker.ops.replay_plan import ReplayRequest
+from tests.histories import payment
+from tests.integration.ops.processes import Killable, serve
 from tests.integration.ops.worlds import CUSTOMERS, Live, documents
 from tests.kafka_topics import produce, read_all
 
@@ -89,6 +92,43 @@ def test_nothing_holds_the_entity_and_nothing_brings_it_back(
     live.replay(ReplayRequest(upto="40", into="view", every_event=True))
     assert GONE not in live.online_rows()
     assert not any(name == GONE for name, _ in live.offline_rows())
+
+
+def test_a_zombie_that_held_its_events_does_not_bring_it_back(
+    kafka_server: KafkaServer, redis_server: RedisServer, tmp_path: Path, unique: str
+) -> None:
+    live = Live(
+        tmp_path / "live",
+        f"zombie-{unique}",
+        kafka=kafka_server,
+        online=f'{{type: redis, connection_string: "{redis_server.address},db=9"}}',
+        windows=f"{redis_server.url}/15",
+    )
+    live.produce(documents(33, 100))
+    changes = {"until_end": False, "max_records": 4, "journal_roll_s": 600.0}
+    zombie = Killable(serve, live.settings.model_copy(update=changes), live.bundle.id)
+    assert wait_until(lambda: GONE in live.online_rows(), timeout_s=120)
+    live.produce([payment(f"z{n}", 5_000 + n, customer=GONE) for n in range(400)])
+    before = live.online_rows()[GONE].as_of
+    assert wait_until(lambda: live.online_rows()[GONE].as_of > before, timeout_s=60)
+    zombie.freeze()  # in the midst of them: four at a time, with a fetch of them all at hand
+    live.produce([payment("alive", 9_000, customer="cust-05")])
+    with working(live):
+        assert wait_until(
+            lambda: live.online_rows()["cust-05"].last_event_id == "alive", timeout_s=120
+        )
+        receipt = forget_entity(live.settings, live.bundle, GONE, wait_s=15)
+        assert receipt.window_gone
+        assert receipt.online_gone
+        assert not receipt.journals_clear  # the zombie's, which nobody else may roll
+        assert not receipt.done
+        zombie.thaw()
+        zombie.stop()
+        receipt = forget_entity(live.settings, live.bundle, GONE, wait_s=60)
+        assert receipt.done, receipt
+    assert GONE not in live.online_rows()
+    assert not any(name == GONE for name, _ in live.offline_rows())
+    assert not holders(live.folder)
 
 
 def test_silent_entities_expire_and_others_stay(live: Live) -> None:

@@ -70,6 +70,7 @@ class Live:
     events: Path | None = None
     online: str = "{type: sqlite, path: data/online.db}"
     bundle: Bundle = field(default_factory=faults_bundle)
+    windows: str | None = None  # URL of the window store
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ class Live:
         named: dict[str, Any] = {
             "feature_repo": self.folder / "repo",
             "state_dir": self.folder / "state",
-            "window_store": f"sqlite:{self.folder / 'windows.db'}",
+            "window_store": self.windows or f"sqlite:{self.folder / 'windows.db'}",
             "deletion_key": KEY,
             "max_records": 16,
             "poll_timeout_ms": 100,
