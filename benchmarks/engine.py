@@ -28,8 +28,8 @@ from benchmarks.machine import machine
 from benchmarks.peers import LENGTHS, open_peers, rates
 from benchmarks.timing import interleaved, seconds
 from llm4es.bundle import Bundle
-from llm4es.engine.reading import Reading
-from llm4es.engine.session import OnnxGraph, open_graph
+from llm4es.engine.opening import open_graph
+from llm4es.engine.reading import ChapterGraph, Reading
 
 __all__ = ["main"]
 
@@ -186,11 +186,11 @@ def worker(places: Places, figures: dict[str, float]) -> dict[str, float]:
     return {"worker_over_bare": path.seconds / bare}
 
 
-def _whole(graph: OnnxGraph, ids: NDArray[np.int64]) -> object:
+def _whole(graph: ChapterGraph, ids: NDArray[np.int64]) -> object:
     return graph.read(_reading(graph, ids, past=0, kv=graph.kv_shape.empty(1, len(ids)))).pooled
 
 
-def _reader(graph: OnnxGraph, past: int, new: int) -> Callable[[], object]:
+def _reader(graph: ChapterGraph, past: int, new: int) -> Callable[[], object]:
     """Read new tokens behind a past that is there, again and again."""
     rng = np.random.default_rng(past)
     kv = graph.kv_shape.empty(1, past + new)
@@ -202,7 +202,7 @@ def _reader(graph: OnnxGraph, past: int, new: int) -> Callable[[], object]:
 
 
 def _reading(
-    graph: OnnxGraph, ids: NDArray[np.int64], *, past: int, kv: NDArray[np.float32]
+    graph: ChapterGraph, ids: NDArray[np.int64], *, past: int, kv: NDArray[np.float32]
 ) -> Reading:
     return Reading(
         ids=ids[None],

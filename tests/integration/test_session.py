@@ -9,8 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from llm4es.bundle import CACHED_GRAPH
+from llm4es.engine.opening import open_graph
 from llm4es.engine.reading import Reading, read_whole
-from llm4es.engine.session import OnnxGraph, open_cpu_graphs, open_graph
+from llm4es.engine.session import OnnxGraph, open_cpu_graphs
 from llm4es.errors import BundleMismatch, ConfigError
 from tests.tiny_models import VARIANTS, Exported, make_bundle
 
