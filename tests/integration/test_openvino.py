@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm4es.bundle import Compute
+from llm4es.bundle import Bundle, Compute
 from llm4es.engine import OnnxEmbedder
 from llm4es.engine.kv_cache import ChapterCache
 from llm4es.engine.opening import open_graph
@@ -26,7 +26,7 @@ from tests.tiny_models import (
 )
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.fixture(scope="module", params=[*VARIANTS.values()], ids=[*VARIANTS])
 def exported(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Exported:
     return make_bundle(tmp_path_factory.mktemp("bundle"), request.param)
 
@@ -125,7 +125,7 @@ def test_half_the_digits_are_given_only_where_the_manifest_says_so(tmp_path: Pat
     assert np.abs(found.vectors - exact.vectors).max() > 1e-4 * np.abs(exact.vectors).max()
 
 
-def _as_fp32(half: Exported):  # noqa: ANN202 - a bundle
+def _as_fp32(half: Exported) -> Bundle:
     manifest = half.bundle.manifest.model_copy(update={"compute": Compute()})
     return replace(half.bundle, manifest=manifest)
 
