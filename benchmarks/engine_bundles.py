@@ -18,7 +18,8 @@ from llm4es.errors import BundleMismatch, ConfigError
 __all__ = ["DOMAIN", "SMOL", "bundle_of", "smol_source"]
 
 SMOL, DOMAIN = "smollm2-135m", "domain-4x256"
-_EVENTS, _CUSTOMERS = 600, 12
+# The domain model's tokenizer learns words from its log: few events would leave it too few.
+_EVENTS, _CUSTOMERS = {SMOL: 240, DOMAIN: 6000}, {SMOL: 12, DOMAIN: 120}
 _CHAPTER_EVENTS = {SMOL: 12, DOMAIN: 24}
 console = Console(stderr=True)
 
@@ -45,8 +46,8 @@ def bundle_of(name: str, out: Path, *, surprise: bool, model: str | None) -> Bun
     except BundleMismatch:
         pass  # not there, or of another format
     out.mkdir(parents=True, exist_ok=True)
-    events, schema = out / "events.jsonl", out / "schema.yaml"
-    lines = (json.dumps(one) for one in documents(_EVENTS, _CUSTOMERS))
+    events, schema = out / f"{name}.jsonl", out / "schema.yaml"
+    lines = (json.dumps(one) for one in documents(_EVENTS[name], _CUSTOMERS[name]))
     events.write_text("\n".join(lines) + "\n")
     schema.write_text(SCHEMA)
     recipe = Recipe.model_validate(

@@ -23,7 +23,7 @@ from llm4es.bundle import Bundle
 from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.events import Event, FieldValue
 from llm4es.features import Embedded
-from llm4es.windows import Window, fold, settle, visible_chapters
+from llm4es.windows import Window, fold, settle
 
 __all__ = ["Streamed", "WorkerPath", "stream", "worker_seconds"]
 
@@ -33,10 +33,9 @@ TROUBLE = 0.003  # share of events that are late, and of those that find their c
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """CPU seconds per event, the tokens that a window showed, and how far from full recompute."""
+    """CPU seconds per event, folding and embedding, and how far from full recompute."""
 
     seconds: list[float]
-    tokens_in_view: int
     worst_difference: float  # relative to the largest value of the row
 
 
@@ -77,24 +76,24 @@ def stream(
         embedder.embed([window])
     period = round(1 / TROUBLE)
     times: list[float] = []
-    worst, seen = 0.0, []
+    worst = 0.0
     for number in range(0, events, batch):
-        changed = []
+        arrivals = []
         for event in (next(arriving) for _ in range(batch)):
             arrived = event
             if trouble and number % period == period // 2:
                 arrived = replace(event, occurred_at=_before_last(windows[event.entity_id]))
             if trouble and number % period == period - 1:
                 embedder.forget([event.entity_id])
-            changed.append(_folded(windows.get(event.entity_id), arrived, bundle))
+            arrivals.append(arrived)
         started = time.process_time()
+        changed = [_folded(windows.get(one.entity_id), one, bundle) for one in arrivals]
         found = embedder.embed(changed)
         times += [(time.process_time() - started) / batch] * batch
         for row, window in enumerate(changed):
             if anew is not None:
                 bare = _without_sums(window)
                 worst = max(worst, _difference(found, row, anew.embed([bare])))
-            seen.append(_tokens_in_view(bundle, window))
             windows[window.entity_id] = (
                 window
                 if check
@@ -103,18 +102,26 @@ def stream(
                 )
             )
     embedder.close()
-    return Streamed(times, int(np.mean(seen)), worst)
+    return Streamed(times, worst)
 
 
-def worker_seconds(bundle: Bundle, folder: Path, *, events: int, customers: int) -> WorkerPath:
-    """Run the worker over a file of events, all its parts real, and charge every CPU second."""
+def worker_seconds(
+    bundle: Bundle, folder: Path, *, events: int, customers: int, batch: int
+) -> WorkerPath:
+    """Run the worker over a file of events, all its parts real, and charge every CPU second.
+
+    Customers take turns, and a batch holds no two events of one: nothing is coalesced, each event
+    is embedded and written by itself.
+    """
     from stream_worker.assembly import assembled  # noqa: PLC0415 - Feast takes seconds
     from stream_worker.settings import load_settings  # noqa: PLC0415
 
     shutil.rmtree(folder, ignore_errors=True)
     repo = _applied(bundle, folder)
     log = folder / "events.jsonl"
-    log.write_text("".join(json.dumps(one) + "\n" for one in documents(events, customers)))
+    turns = enumerate(documents(events, customers))
+    lines = (json.dumps(one | {"customer_id": f"c{n % customers}"}) + "\n" for n, one in turns)
+    log.write_text("".join(lines))
     flags = {
         "bundle": bundle.folder,
         "feature_repo": repo,
@@ -123,6 +130,7 @@ def worker_seconds(bundle: Bundle, folder: Path, *, events: int, customers: int)
         "window_store": SecretStr(f"sqlite:{folder / 'windows.db'}"),
         "state_dir": folder / "state",
         "threads": 1,
+        "max_records": min(batch, customers),
         "until_end": True,
     }
     settings = load_settings(flags, None)
@@ -130,11 +138,10 @@ def worker_seconds(bundle: Bundle, folder: Path, *, events: int, customers: int)
         started = time.process_time()
         parts.worker.run()
         spent = time.process_time() - started
-    chapters = bundle.manifest.window.chapter_events
-    per_event = len(bundle.tokens.tokenize([next(_arriving(1))]).ids)
-    return WorkerPath(
-        spent / events, min(events // customers, chapters) // 2 * per_event, per_event
-    )
+    some = [one for one, _ in zip(_arriving(1), range(50), strict=False)]
+    per_event = round(np.mean([bundle.tokens.measure(one, ()) for one in some]))
+    chapter = min(events // customers, bundle.manifest.window.chapter_events)
+    return WorkerPath(spent / events, chapter // 2 * per_event, per_event)
 
 
 def _opened(bundle: Bundle, budget: int) -> OnnxEmbedder:
@@ -188,11 +195,6 @@ def _without_sums(window: Window) -> Window:
     return replace(
         window, chapters=tuple(replace(c, sums=None, ids_hash=None) for c in window.chapters)
     )
-
-
-def _tokens_in_view(bundle: Bundle, window: Window) -> int:
-    visible = visible_chapters(window, bundle.manifest.window)
-    return sum(window.chapters[index].tokens for index in visible)
 
 
 def _difference(found: Embedded, row: int, anew: Embedded) -> float:

@@ -3,8 +3,11 @@
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import TypeVar
 
 __all__ = ["interleaved", "seconds"]
+
+Name = TypeVar("Name")
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -14,11 +17,11 @@ def seconds(call: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved(calls: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, float]:
     """Median CPU seconds by name: one warm-up each, then rounds in which every call has a turn."""
     for call in calls.values():
         call()
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             found[name].append(seconds(call))

@@ -2,7 +2,7 @@
 
 import typer
 
-from export.commands import data, enriching, judging, training
+from export.commands import data, enriching, judging, precision, training
 
 __all__ = ["app", "main"]
 
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help answers twice as fast
 )
-for part in (data, training, judging, enriching):
+for part in (data, training, judging, precision, enriching):
     app.add_typer(part.app)
 
 

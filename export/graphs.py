@@ -37,7 +37,7 @@ from llm4es.errors import LLM4ESError
 if TYPE_CHECKING:
     from collections import OrderedDict
 
-__all__ = ["OPSET", "VOCABULARY_SLICE", "ReadingModel", "export_graphs"]
+__all__ = ["OPSET", "VOCABULARY_SLICE", "ReadingModel", "SharedWeights", "export_graphs"]
 
 OPSET = 18
 VOCABULARY_SLICE = 16_384  # entries whose logits are there at once
@@ -161,7 +161,7 @@ def export_graphs(
     graphs = {CACHED_GRAPH: _fused, PORTABLE_GRAPH: _in_plain_operators}
     (folder / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
     with (folder / WEIGHTS).open("wb") as file:
-        weights = _Weights(file)
+        weights = SharedWeights(file)
         for name, attend in graphs.items():
             graph = _trace(model, ReadingModel(model, pooling, attend, surprise=surprise))
             _scrub(graph)
@@ -393,7 +393,7 @@ def _as_arrays(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class _Weights:
+class SharedWeights:
     """One file for the tensors of several graphs, each written once."""
 
     file: BinaryIO

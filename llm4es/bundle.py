@@ -29,7 +29,10 @@ from llm4es.windows import WindowPolicy
 __all__ = [
     "FORMAT",
     "Bundle",
+    "CachePrecision",
     "Compute",
+    "ComputePrecision",
+    "Judged",
     "Manifest",
     "Pooling",
     "SurpriseSpec",
@@ -48,6 +51,8 @@ WEIGHTS = "graphs/weights.bin"
 TOKENIZER = "tokenizer.json"
 SCHEMA = "schema.yaml"
 ARRAYS = "arrays.safetensors"
+ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int8-weights", "int4-weights"]
+CachePrecision = Literal["fp32", "fp16", "int8"]
 _ID_DIGITS = 12
 _BLOCK = 1 << 20
 _REMEDY = "export the bundle again, or copy it whole"
@@ -110,12 +115,36 @@ class Training(FrozenModel):
     held_out_loss: float | None  # nats per token
 
 
-class Compute(FrozenModel):
-    """What the vectors are computed in; another precision is another bundle."""
+class Judged(FrozenModel):
+    """How a bundle of less precision compares with the fp32 bundle that it was made from.
 
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    cache: Literal["fp32", "fp16", "int8"] = "fp32"
+    Cosines are of vectors less their mean over entities, by their standard deviation over them;
+    `neighbours` is the share of the 5 nearest entities that stay; `auc_loss` is what an embedding
+    of fp32 is better by on labels, where there were some. `forced` says that it was let through
+    although it lost too much.
+    """
+
+    origin: str  # the fp32 bundle's id
+    entities: int
+    cosine: float
+    neighbours: float
+    surprise_cosine: float | None = None
+    auc_loss: float | None = None
+    forced: bool = False
+
+
+class Compute(FrozenModel):
+    """What the vectors are computed in; another precision is another bundle.
+
+    fp16 and bf16: matrix products of the model's layers, sums in fp32. int8: those of bytes, with
+    a scale for each token and each column. int8-weights and int4-weights: weights alone, with a
+    scale for each 32 of them. The cache is of keys and values.
+    """
+
+    precision: ComputePrecision = "fp32"
+    cache: CachePrecision = "fp32"
     tolerance: float = 1e-5  # relative, of vectors and surprise
+    judged: Judged | None = Field(default=None, exclude_if=lambda judged: judged is None)
 
 
 class Manifest(FrozenModel):

@@ -142,7 +142,7 @@ class WorkerSettings(BaseSettings):
     journal_roll_rows: int = Field(20_000, ge=1, description="Rows of one offline Parquet part")
     journal_roll_s: float = Field(10.0, gt=0, description="Seconds before a part is rolled")
 
-    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+    device: Literal["auto", "cpu", "openvino", "cuda", "tensorrt"] = Field(
         "auto", description="Where the model runs"
     )
     threads: int | None = Field(

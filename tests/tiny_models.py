@@ -18,7 +18,7 @@ from export.recipe import Shape
 from llm4es.bundle import Bundle, Compute, Pooling, SurpriseSpec, load_bundle, seal_bundle
 from llm4es.engine import OnnxEmbedder
 from llm4es.engine.kv_cache import ChapterCache
-from llm4es.engine.session import open_graph
+from llm4es.engine.opening import open_graph
 from llm4es.events import Event
 from llm4es.features import Embedded
 from llm4es.rendering import RenderingSpec

@@ -12,9 +12,9 @@ from llm4es.bundle import Bundle
 from llm4es.engine.chapters import ChapterReader, Job
 from llm4es.engine.cpus import default_threads
 from llm4es.engine.kv_cache import ChapterCache
+from llm4es.engine.opening import open_graph
 from llm4es.engine.providers import Device
 from llm4es.engine.reading import ChapterGraph
-from llm4es.engine.session import open_graph
 from llm4es.errors import NonFiniteEmbedding
 from llm4es.events import Event
 from llm4es.features import Embedded, SumsLayout

@@ -1,12 +1,19 @@
 """What a graph reads and gives, whoever runs it: shapes, and the contract of `ChapterGraph`."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ChapterGraph", "Found", "KvShape", "Reading", "read_whole"]
+from llm4es.errors import BundleMismatch
+
+__all__ = ["ChapterGraph", "Found", "GraphShape", "KvShape", "Reading", "put_new", "read_whole"]
+
+_INPUTS = {"input_ids", "token_weights", "past_lengths", "new_lengths"}
+_WITH_SURPRISE = {"opening", "ends"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,50 @@ class Reading:
     opening: NDArray[np.float32]  # (B, hidden)
     ends: NDArray[np.int64]  # (B, E)
 
+    def small(self, *, surprise: bool) -> dict[str, NDArray[Any]]:
+        """Every input of a graph but keys and values, by its name."""
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": self.ids,
+            "token_weights": self.weights,
+            "past_lengths": self.past,
+            "new_lengths": self.new,
+        }
+        return inputs | ({"opening": self.opening, "ends": self.ends} if surprise else {})
+
+    def pasts(self) -> Iterator[NDArray[np.float32]]:
+        """Copies of old keys and values, part by part, no longer than the longest past."""
+        longest = int(self.past.max())
+        return (np.ascontiguousarray(part[:, :, :longest]) for part in self.kv)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphShape:
+    """What a graph's inputs and its file of weights say of it."""
+
+    kv: KvShape
+    hidden: int  # 0 without surprise
+    surprise: bool
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, path: Path, inputs: Mapping[str, Sequence[Any]]) -> Self:
+        """Of a graph's file and the shapes of its inputs. Raises BundleMismatch for others."""
+        parts = [f"past.{number}" for number in range(sum("past." in name for name in inputs))]
+        surprise = set(inputs) >= _WITH_SURPRISE
+        if not parts or set(inputs) != _INPUTS | set(parts) | (
+            _WITH_SURPRISE if surprise else set()
+        ):
+            raise BundleMismatch(
+                str(path), "its inputs are not those of this code", "export the bundle again"
+            )
+        _, heads, _, width = inputs[parts[0]]
+        return cls(
+            kv=KvShape(len(parts), heads, width),
+            hidden=inputs["opening"][1] if surprise else 0,
+            surprise=surprise,
+            weight_bytes=sum(file.stat().st_size for file in path.parent.glob("*.bin")),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -72,6 +123,12 @@ class ChapterGraph(Protocol):
         on this machine.
         """
         ...
+
+
+def put_new(reading: Reading, part: int, new: NDArray[np.float32]) -> None:
+    """Put new keys or values (B, heads, L, width) behind the old ones."""
+    for row, (past, count) in enumerate(zip(reading.past, reading.new, strict=True)):
+        reading.kv[part, row, :, past : past + count] = new[row, :, :count]
 
 
 def read_whole(

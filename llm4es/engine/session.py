@@ -1,6 +1,5 @@
 """The only module that imports onnxruntime."""
 
-import logging
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm4es.bundle import CACHED_GRAPH, PORTABLE_GRAPH, Bundle
-from llm4es.engine.providers import (
-    CPU,
-    Device,
-    choose_providers,
-    provider_options,
-    refuse_two_runtimes,
-)
-from llm4es.engine.reading import Found, KvShape, Reading
+from llm4es.bundle import CACHED_GRAPH, PORTABLE_GRAPH
+from llm4es.engine.providers import CPU, provider_options, refuse_two_runtimes
+from llm4es.engine.reading import Found, GraphShape, Reading, put_new
 from llm4es.errors import BundleMismatch, ConfigError
 
 try:
@@ -28,12 +21,8 @@ except ImportError as error:
         "install the extra `cpu` or `gpu`: pip install 'llm4es[cpu]'",
     ) from error
 
-__all__ = ["OnnxGraph", "open_cpu_graphs", "open_graph"]
+__all__ = ["OnnxGraph", "offered_providers", "open_cpu_graphs"]
 
-log = logging.getLogger(__name__)
-
-_INPUTS = {"input_ids", "token_weights", "past_lengths", "new_lengths"}
-_WITH_SURPRISE = {"opening", "ends"}
 _SHOWN_REASON = 300  # characters of onnxruntime's own message
 
 
@@ -53,18 +42,11 @@ class OnnxGraph:
         self._session = _open(path, providers, threads)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         self.on_cpu = self.providers[0] == CPU
-        shapes = {entry.name: entry.shape for entry in self._session.get_inputs()}
-        self._parts = [f"past.{number}" for number in range(sum("past." in n for n in shapes))]
-        self.surprise = set(shapes) >= _WITH_SURPRISE
-        wanted = _INPUTS | set(self._parts) | (_WITH_SURPRISE if self.surprise else set())
-        if not self._parts or set(shapes) != wanted:
-            raise BundleMismatch(
-                str(path), "its inputs are not those of this code", "export the bundle again"
-            )
-        _, heads, _, width = shapes[self._parts[0]]
-        self.kv_shape = KvShape(len(self._parts), heads, width)
-        self.hidden: int = shapes["opening"][1] if self.surprise else 0
-        self.weight_bytes = sum(file.stat().st_size for file in path.parent.glob("*.bin"))
+        shape = GraphShape.of(
+            path, {entry.name: entry.shape for entry in self._session.get_inputs()}
+        )
+        self.kv_shape, self.hidden, self.surprise = shape.kv, shape.hidden, shape.surprise
+        self.weight_bytes = shape.weight_bytes
         self._outputs = [entry.name for entry in self._session.get_outputs()]
 
     def read(self, reading: Reading) -> Found:
@@ -82,70 +64,35 @@ class OnnxGraph:
 
     def _run_in_place(self, reading: Reading) -> dict[str, NDArray[np.float32]]:
         binding = self._session.io_binding()
-        for name, array in self._small(reading).items():
+        for name, array in reading.small(surprise=self.surprise).items():
             binding.bind_cpu_input(name, array)
         shape = reading.kv.shape[1:]
-        for number, name in enumerate(self._parts):
+        for number in range(self.kv_shape.parts):
             place = reading.kv[number].ctypes.data
-            binding.bind_input(name, "cpu", 0, np.float32, shape, place)
+            binding.bind_input(f"past.{number}", "cpu", 0, np.float32, shape, place)
             binding.bind_output(f"present.{number}", "cpu", 0, np.float32, shape, place)
         results = [name for name in self._outputs if not name.startswith("present.")]
         for name in results:
             binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
         # Outputs come in the order in which they were bound.
-        values = binding.get_outputs()[len(self._parts) :]
+        values = binding.get_outputs()[self.kv_shape.parts :]
         return {name: value.numpy() for name, value in zip(results, values, strict=True)}
 
     def _run(self, reading: Reading) -> dict[str, NDArray[np.float32]]:
-        longest = int(reading.past.max())
-        inputs: dict[str, Any] = self._small(reading) | {
-            name: np.ascontiguousarray(reading.kv[number, :, :, :longest])
-            for number, name in enumerate(self._parts)
+        inputs: dict[str, Any] = reading.small(surprise=self.surprise) | {
+            f"past.{part}": keys for part, keys in enumerate(reading.pasts())
         }
         found = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
-        for number in range(len(self._parts)):
-            put_new(reading, number, found.pop(f"present.{number}"))
+        for part in range(self.kv_shape.parts):
+            put_new(reading, part, found.pop(f"present.{part}"))
         return found
 
-    def _small(self, reading: Reading) -> dict[str, NDArray[Any]]:
-        """Everything but keys and values."""
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": reading.ids,
-            "token_weights": reading.weights,
-            "past_lengths": reading.past,
-            "new_lengths": reading.new,
-        }
-        if self.surprise:
-            inputs |= {"opening": reading.opening, "ends": reading.ends}
-        return inputs
 
-
-def put_new(reading: Reading, part: int, new: NDArray[np.float32]) -> None:
-    """Put new keys or values (B, heads, L, width) behind the old ones."""
-    for row, (past, count) in enumerate(zip(reading.past, reading.new, strict=True)):
-        reading.kv[part, row, :, past : past + count] = new[row, :, :count]
-
-
-def open_graph(bundle: Bundle, *, device: Device, threads: int) -> OnnxGraph:
-    """Open the graph of a bundle that suits the device: in place on a CPU, else the portable one.
-
-    Raises ConfigError for a device that is not there, BundleMismatch for another graph.
-    """
+def offered_providers() -> tuple[str, ...]:
+    """Providers that onnxruntime has. Raises ConfigError where two builds of it are installed."""
     refuse_two_runtimes([d.metadata["Name"] for d in metadata.distributions()])
-    wanted = choose_providers(device, ort.get_available_providers())
-    if wanted[0] == CPU:
-        return OnnxGraph(bundle.cached_graph, in_place=True, providers=wanted, threads=threads)
-    graph = OnnxGraph(bundle.portable_graph, in_place=False, providers=wanted, threads=threads)
-    if wanted[0] in graph.providers:
-        return graph
-    problem = f"{wanted[0]} did not start; onnxruntime fell back to {graph.providers[0]}"
-    remedy = "mend its driver and libraries, or use device: cpu"
-    if device != "auto":
-        raise ConfigError("device", problem, remedy)
-    # The GPU build offers CUDA on a machine without a GPU, too.
-    log.warning("%s; %s", problem, remedy)
-    return OnnxGraph(bundle.cached_graph, in_place=True, providers=(CPU,), threads=threads)
+    return tuple(ort.get_available_providers())
 
 
 def open_cpu_graphs(folder: Path, *, threads: int) -> dict[str, OnnxGraph]:

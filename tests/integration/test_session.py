@@ -9,8 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from llm4es.bundle import CACHED_GRAPH
-from llm4es.engine.reading import Reading, read_whole
-from llm4es.engine.session import OnnxGraph, open_cpu_graphs, open_graph
+from llm4es.engine.opening import open_graph
+from llm4es.engine.reading import ChapterGraph, Reading, read_whole
+from llm4es.engine.session import OnnxGraph, open_cpu_graphs
 from llm4es.errors import BundleMismatch, ConfigError
 from tests.tiny_models import VARIANTS, Exported, make_bundle
 
@@ -22,7 +23,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return make_bundle(tmp_path_factory.mktemp("bundle"), next(iter(VARIANTS.values())))
 
 
-def reading_of(graph: OnnxGraph, ids: list[int]) -> Reading:
+def reading_of(graph: ChapterGraph, ids: list[int]) -> Reading:
     return Reading(
         ids=np.array([ids]),
         weights=np.ones((1, 1, len(ids)), dtype=np.float32),

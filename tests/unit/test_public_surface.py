@@ -29,8 +29,8 @@ CORE = (
     "features", "testing",
 )  # fmt: skip
 HEAVY = (
-    "torch", "transformers", "onnxruntime", "onnx", "optimum", "feast", "kafka", "redis",
-    "pandas", "pyarrow", "duckdb",
+    "torch", "transformers", "onnxruntime", "openvino", "onnx", "optimum", "feast", "kafka",
+    "redis", "pandas", "pyarrow", "duckdb",
 )  # fmt: skip
 PACKAGES = ("llm4es", "stream_worker", "export")
 
@@ -105,8 +105,10 @@ def test_the_core_loads_no_model_store_or_broker() -> None:
     assert loaded_by("llm4es", *(f"llm4es.{name}" for name in CORE)) == set()
 
 
-def test_the_engine_loads_its_runtime_alone() -> None:
-    assert loaded_by("llm4es.engine") == {"onnxruntime"}
+def test_the_engine_loads_no_runtime_before_it_is_asked_for_one() -> None:
+    assert loaded_by("llm4es.engine") == set()
+    assert loaded_by("llm4es.engine.session") == {"onnxruntime"}
+    assert loaded_by("llm4es.engine.openvino_graph") == {"openvino"}
 
 
 @pytest.mark.parametrize("module", ["stream_worker.cli", "stream_worker.settings"])
