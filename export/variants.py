@@ -34,7 +34,9 @@ from llm4es.events import Event
 
 __all__ = ["AUC_LOSS", "COSINE", "KEPT_NEIGHBOURS", "Wanted", "make_variant"]
 
-COSINE, KEPT_NEIGHBOURS, AUC_LOSS = 0.99, 0.95, 0.002  # what a variant must hold
+COSINE = 0.99  # what a variant must hold, as the two after it
+KEPT_NEIGHBOURS = 0.95
+AUC_LOSS = 0.002
 _FEWEST = 2 * (NEIGHBOURS + 1)  # entities, below which neighbours say nothing
 _COMPARED = 32  # entities on which reading on is compared with reading anew
 _SLACK = 2.0  # of the tolerance above the worst that was seen
