@@ -9,6 +9,7 @@ log are left aside; handing buckets over and taking results back are not.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def main(
             loaded, open_embedder(loaded, device="cpu", threads=1, cache_bytes=0), WorkerPolicy()
         )
 
+    # Ray lowers its workers' priority: beside anything else on the machine that would be compared.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     cores = cast("int", machine()["cores"])
     one = open_reader()
     alone: list[float] = []

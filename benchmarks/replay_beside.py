@@ -50,7 +50,7 @@ from llm4es.bundle import load_bundle
 
 TOPIC = "payments"
 SETTLE_S = 2.0  # after each change of turns: what was under way belongs to neither
-START_S = 40  # live events are ready for as long as a replay may take to start
+START_S = 30  # live events are ready for as long as a replay may take to start
 EVERYONE = 1_000_000
 
 console = Console(stderr=True)
@@ -96,7 +96,7 @@ def main(
     events: Annotated[Path | None, typer.Option(help="Its log (.jsonl)")] = None,
     rate: Annotated[float, typer.Option(help="Live events a second")] = 40.0,
     replay_rate: Annotated[float, typer.Option(help="The replay's records a second")] = 40.0,
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each kind")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each kind")] = 5,
     turn_s: Annotated[float, typer.Option("--seconds", min=5, help="Length of a turn")] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:

@@ -6,10 +6,12 @@ from importlib import import_module
 from typing import Any
 
 import typer
+from prometheus_client.registry import Collector
 from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
 from stream_worker.metrics import Metrics
+from stream_worker.ops.audit_metrics import AuditMetrics
 from stream_worker.settings import ENV_PREFIX, WorkerSettings
 
 __all__ = ["on_page_markdown"]
@@ -81,13 +83,19 @@ def _default(default: object) -> str:
 
 
 def _metrics() -> Iterator[str]:
+    yield from _metrics_of(Metrics())
+    yield "\nBy an audit that goes on (`audit --every`):\n"
+    yield from _metrics_of(AuditMetrics())
+
+
+def _metrics_of(collector: Collector) -> Iterator[str]:
     # A counter's samples end in _total, a histogram's in _bucket, _sum and _count.
     yield from _table(
         ("metric", "kind", "is"),
         (
             (f"`{metric.name}{'_total' if metric.type == 'counter' else ''}`", metric.type,
              metric.documentation)
-            for metric in Metrics().collect()
+            for metric in collector.collect()
         ),
     )  # fmt: skip
 

@@ -6,17 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from threading import Event
 
 import typer
-from msgspec.structs import replace
-from rich.table import Table
 
 from llm4es.bundle import Bundle, load_bundle
-from llm4es.deletion import Tombstone
 from llm4es.engine import open_embedder
-from llm4es.errors import ConfigError, Fenced, SinkUnavailable, SourceUnavailable, StoreLost
+from llm4es.errors import ConfigError, SinkUnavailable, SourceUnavailable
 from llm4es.events import TopicPartition, entity_hash
 from llm4es.feast import FeastSink, offline_entities, offline_rows, open_sink
 from llm4es.features import FeatureRow, view_name
@@ -31,16 +28,18 @@ from stream_worker.embedding import BatchReader
 from stream_worker.folding import RecordFolder
 from stream_worker.formats.decoding import open_decoder
 from stream_worker.ops.audit_metrics import AuditMetrics
-from stream_worker.ops.drift import Drift, measure_drift
+from stream_worker.ops.audit_report import AuditReport, report_table
+from stream_worker.ops.drift import measure_drift
 from stream_worker.ops.logs import open_log
 from stream_worker.ops.recomputing import History, Sample, read_histories
+from stream_worker.ops.repairs import Repairs
 from stream_worker.ops.showing import show
 from stream_worker.ops.verdicts import Finding, Seen, judge, row_difference
 from stream_worker.ports import Embedder, PartitionSpan, WindowStore
 from stream_worker.settings import WorkerSettings
 from stream_worker.stopping import stopping_on_signals
 
-__all__ = ["AuditReport", "AuditRequest", "Auditor", "audit_view", "opened_auditor"]
+__all__ = ["AuditRequest", "Auditor", "audit_view", "opened_auditor"]
 
 _ROUNDS = 3  # for entities that move on while they are looked at
 _OFFLINE_ROWS = 3  # newest of an entity that are recomputed; of the others `as_of` is compared
@@ -56,26 +55,6 @@ class AuditRequest:
     repair: bool = False
     tolerance: float = 0.0  # share of entities that may differ
     log: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditReport:
-    """What an audit found; entities are named by their hash (`inspect` takes the id)."""
-
-    view: str
-    topic: str
-    sampled: int
-    equal: int
-    unverifiable: int  # retention has taken the beginning of their log
-    moving: int  # had new events each time they were looked at
-    equal_share: float  # of those that could be verified
-    worst_difference: float  # relative, of any recomputed value that was compared
-    findings: Mapping[str, int] = field(default_factory=dict)  # "place kind": entities
-    entities: Mapping[str, list[str]] = field(default_factory=dict)  # by hash
-    repaired: int = 0
-    not_repaired: int = 0
-    drift: Drift | None = None
-    seconds: float = 0.0
 
 
 class Auditor:
@@ -137,7 +116,9 @@ class Auditor:
         wrong = {entity_id: found for entity_id, found in findings.items() if found}
         repaired, not_repaired = 0, 0
         if request.repair:
-            done = [self._repair(looked[entity_id], found) for entity_id, found in wrong.items()]
+            deletes = self._settings.deletion_key is not None
+            repairs = Repairs(self._store, self._sink, deletes=deletes)
+            done = [repairs.put_right(looked[each], found) for each, found in wrong.items()]
             repaired, not_repaired = sum(done), len(done) - sum(done)
             self._sink.roll()
         verified = len(findings)
@@ -254,51 +235,6 @@ class Auditor:
             half_lives=self._embedder.half_lives,
         )
 
-    def _repair(self, seen: Seen, findings: list[Finding]) -> bool:
-        """Put right what can be: the window, then the rows. Whether all of it was."""
-        done = True
-        for place in ("window", "offline", "online"):
-            wrong = [each for each in findings if each.place == place]
-            if not wrong:
-                continue
-            if place == "window":
-                done &= self._repair_window(seen)
-            elif place == "offline":
-                done &= self._repair_offline(seen, wrong)
-            else:
-                done &= self._repair_online(seen)
-        return done
-
-    def _repair_window(self, seen: Seen) -> bool:
-        if seen.due_window is None:
-            return False
-        entity_id = seen.due_window.entity_id
-        try:
-            with self._store.begin() as txn:
-                standing = txn.load([entity_id])[entity_id]
-                if standing.version != (0 if seen.window is None else seen.window.version):
-                    return False
-                txn.put(replace(seen.due_window, version=standing.version))
-        except (Fenced, StoreLost):
-            return False
-        return True
-
-    def _repair_offline(self, seen: Seen, wrong: list[Finding]) -> bool:
-        if any(each.kind != "missing" for each in wrong) or not seen.rows:
-            return False  # a wrong row has to be taken out of its part
-        self._sink.journal([seen.rows[max(seen.rows)]])
-        return True
-
-    def _repair_online(self, seen: Seen) -> bool:
-        if seen.history.states:
-            row = seen.rows[len(seen.history.states) - 1]
-            stood = None if seen.online is None else seen.online.as_of
-            return not self._sink.replace([row], [stood])
-        if seen.online is None or self._settings.deletion_key is None:
-            return False
-        self._sink.delete([Tombstone(entity_id=seen.online.entity_id, as_of=seen.online.as_of)])
-        return True
-
 
 def _worst(seen: Seen) -> float:
     """Largest difference of the rows that are served and were recomputed."""
@@ -364,29 +300,3 @@ def audit_view(
                     metrics.audited(asdict(report))
                     show(asdict(report), report_table(report), as_json=as_json)
                 stopped.wait(every_s)
-
-
-def report_table(report: AuditReport) -> Table:
-    """What an audit found, for a terminal."""
-    table = Table(show_header=False, title=f"audit of {report.view}")
-    rows = [
-        ("entities sampled", f"{report.sampled:,}"),
-        ("equal", f"{report.equal:,} ({report.equal_share:.2%})"),
-        ("unverifiable", f"{report.unverifiable:,}"),
-        ("moving", f"{report.moving:,}"),
-        ("worst difference", f"{report.worst_difference:.1e}"),
-        *((name, f"{count:,}") for name, count in sorted(report.findings.items())),
-        ("repaired", f"{report.repaired:,}, {report.not_repaired:,} not"),
-    ]
-    if report.drift is not None:
-        rows += [
-            ("drift of the embedding's mean", f"{report.drift.embedding_shift:.2f} std"),
-            ("its spread, now over then", f"{report.drift.embedding_spread:.2f}"),
-            *(
-                (f"drift of {name}", f"{nats:+.2f} std")
-                for name, nats in report.drift.surprise_shift.items()
-            ),
-        ]
-    for row in rows:
-        table.add_row(*row)
-    return table

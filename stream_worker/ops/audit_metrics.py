@@ -18,6 +18,10 @@ _GAUGES = {
     "sampled": "Entities looked at",
     "unverifiable": "Entities whose history retention has taken",
 }
+_DRIFT = {
+    "embedding_shift": "Of the mean embedding, in standard deviations of held-out entities",
+    "embedding_spread": "Standard deviation of the embedding now over that of held-out entities",
+}
 
 
 class AuditMetrics(Collector):
@@ -27,7 +31,7 @@ class AuditMetrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self._report: Mapping[str, Any] = {}
-        self._done_at = 0.0
+        self._done_at = time.time()  # as long as none has ended, it counts from the beginning
         self._failures = 0
 
     def serve(self, port: int) -> None:
@@ -51,34 +55,32 @@ class AuditMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Give the figures as Prometheus reads them, from a thread of its own."""
         report = self._report
+        drift: Mapping[str, Any] = report.get("drift") or {}
         yield GaugeMetricFamily(
             "llm4es_audit_failures", "Audits that could not be done", value=self._failures
         )
         yield GaugeMetricFamily(
             "llm4es_audit_done_at_seconds", "When the newest audit ended", value=self._done_at
         )
-        if not report:
-            return
         for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"llm4es_audit_{name}", text, value=report[name])
-        findings = GaugeMetricFamily(
-            "llm4es_audit_mismatches", "Entities that differ", labels=["kind"]
+            yield GaugeMetricFamily(f"llm4es_audit_{name}", text, value=report.get(name))
+        yield _labelled(
+            "llm4es_audit_mismatches", "Entities that differ", "kind", report.get("findings")
         )
-        for kind, count in report["findings"].items():
-            findings.add_metric([kind], count)
-        yield findings
-        if (drift := report["drift"]) is None:
-            return
-        for name in ("embedding_shift", "embedding_spread"):
-            yield GaugeMetricFamily(
-                f"llm4es_drift_{name}", "In standard deviations of held-out entities",
-                value=drift[name],
-            )  # fmt: skip
-        surprise = GaugeMetricFamily(
+        for name, text in _DRIFT.items():
+            yield GaugeMetricFamily(f"llm4es_drift_{name}", text, value=drift.get(name))
+        yield _labelled(
             "llm4es_drift_surprise_shift",
             "Of mean surprise, in standard deviations of held-out entities",
-            labels=["column"],
+            "column",
+            drift.get("surprise_shift"),
         )
-        for column, moved in drift["surprise_shift"].items():
-            surprise.add_metric([column], moved)
-        yield surprise
+
+
+def _labelled(
+    name: str, text: str, label: str, values: Mapping[str, float] | None
+) -> GaugeMetricFamily:
+    gauge = GaugeMetricFamily(name, text, labels=[label])
+    for told, value in (values or {}).items():
+        gauge.add_metric([told], value)
+    return gauge

@@ -14,8 +14,9 @@ from llm4es.feast import open_sink
 from llm4es.feast.parts import list_parts
 from llm4es.features import FeatureRow
 from stream_worker.assembly import deletion_key_of, open_window_store
-from stream_worker.ops.audit import AuditReport, AuditRequest, opened_auditor
+from stream_worker.ops.audit import AuditRequest, opened_auditor
 from stream_worker.ops.audit_metrics import AuditMetrics
+from stream_worker.ops.audit_report import AuditReport
 from tests.histories import write_jsonl
 from tests.integration.ops.worlds import CUSTOMERS, Live, documents
 
