@@ -111,12 +111,16 @@ class SumsLayout:
         `pooled` (state_dim,) is the sum of its tokens' states, `weight` how many they are, and
         `surprise` its own (E = 1).
         """
-        count = len(self.scales)
-        parts = [np.tile(pooled.astype(np.float64), count), np.full(count, weight)]
+        added: NDArray[np.float64] = sums * self._decay
+        states, weights, surprises = self._ends[:3]
+        added[:states].reshape(self._states)[...] += pooled
+        added[states:weights] += weight
         if surprise is not None:
-            judged = np.stack([surprise.deviation[0], surprise.excess[0]], axis=-1)  # (T, 2)
-            parts += [np.repeat(judged.ravel(), count), np.repeat(surprise.present[0], count)]
-        added: NDArray[np.float64] = sums * self._decay + np.concatenate(parts)
+            judged = added[weights:surprises].reshape(self._surprises)
+            judged[:, 0] += surprise.deviation[0][:, None]
+            judged[:, 1] += surprise.excess[0][:, None]
+            tracks, _, count = self._surprises
+            added[surprises:].reshape(tracks, count)[...] += surprise.present[0][:, None]
         return added
 
     def total(

@@ -22,7 +22,7 @@ _TOGETHER_CHAPTERS = 64
 _PADDED_TOKENS = 1024  # of a group on a CPU: what its layers hold stays in the caches
 _PADDED_TOKENS_GPU = 16_384
 _SCRATCH_BYTES = 96 << 20
-_COPY_SHARE = 12  # copying keys must cost little against reading the weights, which is shared
+_COPY_SHARE = 4  # copying keys must cost little against reading the weights, which is shared
 
 
 @dataclass(slots=True, eq=False)

@@ -267,6 +267,25 @@ def test_memory_is_what_the_budget_says_and_goes_back_to_the_system() -> None:
     assert own >= before
 
 
+def test_the_engine_keeps_within_its_budget_by_what_the_system_says(bundle: Exported) -> None:
+    """The same customers, with memory for few of them and for all: only the latter grows."""
+    small, large = 4 << 20, 256 << 20
+    slack = 16 << 20
+    grown = {}
+    windows = [window_of(bundle.bundle, events_of(40, customer=n)) for n in range(250)]
+    embedder_of(bundle).embed(windows[:20])  # whatever is loaded or allocated once
+    for budget in (small, large):
+        embedder = embedder_of(bundle, cache=ChapterCache(budget))
+        before = _resident_bytes()
+        for window in windows:
+            embedder.embed([window])
+        grown[budget] = _resident_bytes() - before
+        assert embedder.cache.bytes <= budget
+        embedder.close()
+    assert grown[small] <= small + slack
+    assert grown[large] > small + slack  # so it can be seen
+
+
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
