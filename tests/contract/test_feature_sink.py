@@ -475,12 +475,10 @@ def without_us(repo: Path) -> None:
     file.write_text(file.read_text().replace(ours, "duckdb"))
 
 
-@pytest.mark.parametrize("way", ["sqlite", "redis"])
 def test_a_feature_server_that_has_feast_and_not_us_serves_rows(
-    tmp_path: Path, request: pytest.FixtureRequest, unique: str, way: str
+    tmp_path: Path, redis_server: RedisServer, unique: str
 ) -> None:
-    redis = request.getfixturevalue("redis_server") if way == "redis" else None
-    world = make_world(tmp_path, way, redis)
+    world = make_world(tmp_path, "redis", redis_server)
     sink = world.open()
     written = row(world.spec, unique, seed=4, last_event_id="seen")
     sink.publish([written])
