@@ -194,6 +194,8 @@ def judge(found: TrainingSet, cut: Split) -> list[Judged]:
     """Train and test every choice of views."""
     views = offline_views(found)
     label = found.frame["label"].to_numpy()
+    # Of a sample, how many payments each one stands for.
+    weight = found.frame["weight"].to_numpy()[cut.test] if "weight" in found.frame else None
     judged = []
     for name, chosen in CHOICES.items():
         model = FraudModel(chosen).fit(found.frame, views, cut.train)
@@ -201,8 +203,8 @@ def judge(found: TrainingSet, cut: Split) -> list[Judged]:
         judged.append(
             Judged(
                 name,
-                float(roc_auc_score(label[cut.test], scores)),
-                float(average_precision_score(label[cut.test], scores)),
+                float(roc_auc_score(label[cut.test], scores, sample_weight=weight)),
+                float(average_precision_score(label[cut.test], scores, sample_weight=weight)),
                 scores,
                 model,
             )

@@ -115,6 +115,7 @@ def apply(
     *,
     ttl: timedelta | None = None,
     message_format: StreamFormat | None = None,
+    offline_path: str = "data/offline",
 ) -> FeatureStore:
     """Register a bundle's view from here: as `feast apply` does, without starting Python anew."""
     store = FeatureStore(repo_path=str(repo))
@@ -122,7 +123,7 @@ def apply(
         spec,
         topic="payments",
         bootstrap_servers="localhost:9092",
-        offline_path="data/offline",
+        offline_path=offline_path,
         ttl=ttl,
         message_format=message_format,
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from datetime import UTC
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,14 @@ from pyarrow import parquet
 
 from llm4es.feast.deletions import pending_deletions
 from llm4es.feast.journal import read_journals
+from llm4es.feast.object_store import LogFolder, opened
 from llm4es.feast.parts import TIMESTAMP, list_parts
 from llm4es.features import FeatureRow
 
 __all__ = ["offline_entities", "offline_rows"]
 
 
-def offline_entities(folder: Path, join_key: str) -> set[str]:
+def offline_entities(folder: LogFolder, join_key: str) -> set[str]:
     """Entities that have rows in parts or journals."""
     found: set[str] = set()
     for table in (*read_journals(folder), *_parts(folder, [join_key])):
@@ -27,7 +27,7 @@ def offline_entities(folder: Path, join_key: str) -> set[str]:
 
 
 def offline_rows(
-    folder: Path, join_key: str, entity_ids: Collection[str]
+    folder: LogFolder, join_key: str, entity_ids: Collection[str]
 ) -> dict[str, list[FeatureRow]]:
     """All offline rows of some entities, oldest first, journalled ones among them.
 
@@ -45,11 +45,11 @@ def offline_rows(
     return {key: sorted(each, key=lambda row: row.as_of) for key, each in rows.items()}
 
 
-def _parts(folder: Path, columns: list[str] | None) -> list[pa.Table]:
+def _parts(folder: LogFolder, columns: list[str] | None) -> list[pa.Table]:
     tables = []
     for part in list_parts(folder):
         try:
-            tables.append(parquet.ParquetFile(part).read(columns=columns))
+            tables.append(parquet.ParquetFile(opened(part)).read(columns=columns))
         except FileNotFoundError:  # compaction took it: its rows are in another one
             return _parts(folder, columns)
     return tables

@@ -21,6 +21,7 @@ from llm4es.bundle import Bundle
 from llm4es.errors import ConfigError, SinkUnavailable
 from llm4es.feast.definitions import ViewSpec
 from llm4es.feast.deletions import pending_deletions, rewriting, without_deleted
+from llm4es.feast.object_store import LogFolder, opened, size_of
 from llm4es.feast.offline_log import log_folder
 from llm4es.feast.opening import open_target
 from llm4es.feast.parts import SCHEMA_PART, TIMESTAMP, list_parts, write_parts
@@ -68,7 +69,7 @@ def compact_view(
 
 
 def compact(
-    folder: Path, join_key: str, *, view: str = "", part_rows: int = PART_ROWS
+    folder: LogFolder, join_key: str, *, view: str = "", part_rows: int = PART_ROWS
 ) -> Compaction:
     """Merge the parts of each day into parts of at most `part_rows` rows, as long as there is gain.
 
@@ -78,7 +79,7 @@ def compact(
     with rewriting(folder):
         _take_away_torn(folder)
         before = _data_parts(folder)
-        bytes_before = sum(part.stat().st_size for part in before)
+        bytes_before = sum(size_of(part) for part in before)
         deleted = pending_deletions(folder)
         duplicates = sum(
             _merge(folder, run, join_key, deleted)
@@ -90,22 +91,24 @@ def compact(
             parts_before=len(before),
             parts_after=len(after),
             bytes_before=bytes_before,
-            bytes_after=sum(part.stat().st_size for part in after),
+            bytes_after=sum(size_of(part) for part in after),
             duplicates=duplicates,
         )
 
 
-def _data_parts(folder: Path) -> list[Path]:
+def _data_parts(folder: LogFolder) -> list[LogFolder]:
     return [part for part in list_parts(folder) if part.stem != SCHEMA_PART]
 
 
-def _runs(folder: Path, parts: Sequence[Path], *, part_rows: int) -> Iterator[list[Path]]:
+def _runs(
+    folder: LogFolder, parts: Sequence[LogFolder], *, part_rows: int
+) -> Iterator[list[LogFolder]]:
     """Parts of one day that are read together: two at least, or one that stands in no day."""
     for day, within in groupby(parts, key=lambda part: part.parent):
-        run: list[Path] = []
+        run: list[LogFolder] = []
         rows = 0
         for part in within:
-            count = parquet.read_metadata(part).num_rows
+            count = parquet.read_metadata(opened(part)).num_rows
             if run and rows + count > part_rows:
                 if len(run) > 1 or day == folder:
                     yield run
@@ -118,11 +121,11 @@ def _runs(folder: Path, parts: Sequence[Path], *, part_rows: int) -> Iterator[li
 
 
 def _merge(
-    folder: Path, run: Sequence[Path], join_key: str, deleted: Mapping[str, datetime]
+    folder: LogFolder, run: Sequence[LogFolder], join_key: str, deleted: Mapping[str, datetime]
 ) -> int:
     """Write what some parts hold as one per day, then take them away; the rows that stood twice."""
     keys = [join_key, TIMESTAMP]
-    tables = [parquet.ParquetFile(part).read() for part in run]
+    tables = [parquet.ParquetFile(opened(part)).read() for part in run]
     every = pa.concat_tables(tables, promote_options="default")
     table = without_deleted(every, deleted, join_key=join_key, timestamp=TIMESTAMP)
     ordered = table.sort_by([(name, "ascending") for name in keys])
@@ -150,7 +153,7 @@ def _first_of_each(table: pa.Table, keys: Sequence[str]) -> pa.Array:
     return pa.concat_arrays([pa.array([True]), differs])
 
 
-def _take_away_torn(folder: Path) -> None:
+def _take_away_torn(folder: LogFolder) -> None:
     """Remove what compactions that were killed left half written; writers' own are theirs."""
     for path in folder.rglob(".compact-*.tmp"):
         path.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from llm4es.deletion import HASH_BYTES, DeletionKey, Tombstone
 from llm4es.events import EPOCH
+from llm4es.feast.object_store import LogFolder, control_folder
 from llm4es.features import FeatureRow
 
 __all__ = [
@@ -59,9 +60,9 @@ class Deletions:
     Raises ConfigError where the log knows some, under another key than `key`; OSError.
     """
 
-    def __init__(self, folder: Path, key: DeletionKey | None) -> None:
+    def __init__(self, folder: LogFolder, key: DeletionKey | None) -> None:
         self._log = folder
-        self._folder = folder / _FOLDER
+        self._folder = control_folder(folder) / _FOLDER
         self._hashes = str(self._folder / "hashes")
         self._key = key
         self._read = 0  # bytes of `hashes` that `_known` has
@@ -146,10 +147,10 @@ class Deletions:
         return deleted is None or as_of > deleted
 
 
-def pending_deletions(folder: Path) -> dict[str, datetime]:
+def pending_deletions(folder: LogFolder) -> dict[str, datetime]:
     """Ids whose rows up to a moment (UTC) may stand in parts, and must not be read."""
     try:
-        lines = (folder / _FOLDER / "pending").read_bytes().split(b"\n")[:-1]
+        lines = (control_folder(folder) / _FOLDER / "pending").read_bytes().split(b"\n")[:-1]
     except (FileNotFoundError, NotADirectoryError):  # no log, or a single file
         return {}
     found: dict[str, datetime] = {}
@@ -173,35 +174,36 @@ def without_deleted(
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: LogFolder) -> Iterator[None]:
     """Let nobody add a tombstone, nor sweep, while a part is written."""
-    with _locked(folder / _FOLDER, fcntl.LOCK_SH):
+    with _locked(control_folder(folder) / _FOLDER, fcntl.LOCK_SH):
         yield
 
 
-def sweep_torn(folder: Path, *, but: str) -> None:
+def sweep_torn(folder: LogFolder, *, but: str) -> None:
     """Remove what killed writers left half written: ids stand in it. `but` begins a name to keep.
 
     `rewriting` is held.
     """
-    with _locked(folder / _FOLDER, fcntl.LOCK_EX):
+    with _locked(control_folder(folder) / _FOLDER, fcntl.LOCK_EX):
         for path in folder.rglob(".*.parquet.*.tmp"):
             if not path.name.startswith(f".{but}"):
                 path.unlink(missing_ok=True)
 
 
 @contextmanager
-def rewriting(folder: Path) -> Iterator[None]:
+def rewriting(folder: LogFolder) -> Iterator[None]:
     """Be the only one that rewrites parts of this log."""
-    with _locked(folder / _FOLDER, fcntl.LOCK_EX, name="rewriting"):
+    with _locked(control_folder(folder) / _FOLDER, fcntl.LOCK_EX, name="rewriting"):
         yield
 
 
-def settle_deletions(folder: Path, done: Mapping[str, datetime]) -> None:
+def settle_deletions(folder: LogFolder, done: Mapping[str, datetime]) -> None:
     """Forget ids whose rows are in no part any more; those that were added since stay."""
     if not done:
         return
-    with _locked(folder / _FOLDER, fcntl.LOCK_EX):
+    place = control_folder(folder) / _FOLDER
+    with _locked(place, fcntl.LOCK_EX):
         left = {
             entity_id: as_of
             for entity_id, as_of in pending_deletions(folder).items()
@@ -211,13 +213,13 @@ def settle_deletions(folder: Path, done: Mapping[str, datetime]) -> None:
             msgspec.json.encode([entity_id, _microseconds(as_of)]) + b"\n"
             for entity_id, as_of in left.items()
         )
-        temporary = folder / _FOLDER / "pending.tmp"
+        temporary = place / "pending.tmp"
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(folder / _FOLDER / "pending")
-        _sync(folder / _FOLDER)
+        temporary.replace(place / "pending")
+        _sync(place)
 
 
 def _append(path: Path, content: bytes, *, head: bytes = b"", entry: int = 0) -> None:

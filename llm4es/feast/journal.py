@@ -35,6 +35,7 @@ from llm4es.deletion import Tombstone
 from llm4es.errors import SinkUnavailable
 from llm4es.events import NO_SPANS, OffsetSpans, TopicPartition
 from llm4es.feast.deletions import Deletions
+from llm4es.feast.object_store import LogFolder, control_folder
 from llm4es.feast.parts import (
     TIMESTAMP,
     ensure_log,
@@ -59,7 +60,7 @@ _RETRY_S = 1.0
 _JSON = b"{"  # Arrow's messages begin with 0xFFFFFFFF
 
 
-def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
+def recover_journals(folder: LogFolder, deletions: Deletions | None = None) -> int:
     """Roll every journal whose writer is gone; give the number of rows that were found.
 
     Rows of deleted entities are left out. Raises OSError. Safe beside living writers and beside
@@ -67,7 +68,7 @@ def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
     """
     known = deletions or Deletions(folder, None)
     found = 0
-    for path in sorted((folder / _JOURNALS).glob(f"*{_SUFFIX}")):
+    for path in sorted((control_folder(folder) / _JOURNALS).glob(f"*{_SUFFIX}")):
         with suppress(FileNotFoundError), path.open("rb") as file:
             if not _lock(file.fileno()) or os.fstat(file.fileno()).st_nlink == 0:
                 continue
@@ -78,7 +79,9 @@ def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
                     _write(folder, path, rows, spans)
                 found += len(rows)
             path.unlink()
-    for path in (folder / _JOURNALS).glob(f"*{_UNNAMED}"):  # of writers killed at birth: no rows
+    for path in (control_folder(folder) / _JOURNALS).glob(
+        f"*{_UNNAMED}"
+    ):  # of writers killed at birth: no rows
         with suppress(FileNotFoundError), path.open("rb") as file:
             if _lock(file.fileno()):
                 path.unlink()
@@ -87,10 +90,10 @@ def recover_journals(folder: Path, deletions: Deletions | None = None) -> int:
     return found
 
 
-def read_journals(folder: Path) -> list[pa.Table]:
+def read_journals(folder: LogFolder) -> list[pa.Table]:
     """Rows that are durable and in no part yet, of living writers too; nothing is changed."""
     found = []
-    for path in sorted((folder / _JOURNALS).glob(f"*{_SUFFIX}")):
+    for path in sorted((control_folder(folder) / _JOURNALS).glob(f"*{_SUFFIX}")):
         with suppress(FileNotFoundError):
             table, _ = _read_frames(path.read_bytes())
             if table is not None:
@@ -101,10 +104,10 @@ def read_journals(folder: Path) -> list[pa.Table]:
 class _Segment:
     """One journal file and its rows, which are kept until they are in a part."""
 
-    def __init__(self, folder: Path, writer_id: str, schema: pa.Schema) -> None:
+    def __init__(self, folder: LogFolder, writer_id: str, schema: pa.Schema) -> None:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         stem = f"{now}-{re.sub('[^A-Za-z0-9.]+', '_', writer_id)}-{uuid.uuid4().hex[:8]}"
-        self.path = folder / _JOURNALS / f"{stem}{_SUFFIX}"
+        self.path = control_folder(folder) / _JOURNALS / f"{stem}{_SUFFIX}"
         self.batches: list[pa.RecordBatch] = []
         self.spans: dict[TopicPartition, tuple[int, int]] = {}
         self.rows = 0
@@ -148,7 +151,7 @@ class _Segment:
             raise
         self._length += written
 
-    def roll(self, folder: Path, deletions: Deletions) -> None:
+    def roll(self, folder: LogFolder, deletions: Deletions) -> None:
         """Write the parts, then remove the journal, then let go of its lock."""
         if self.batches:
             with deletions.held_still():
@@ -168,7 +171,7 @@ class OfflineJournal:
 
     def __init__(
         self,
-        folder: Path,
+        folder: LogFolder,
         *,
         join_key: str,
         writer_id: str,
@@ -197,7 +200,7 @@ class OfflineJournal:
         self._thread.start()
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> LogFolder:
         """Folder of the log."""
         return self._folder
 
@@ -330,7 +333,7 @@ def _widen(spans: dict[TopicPartition, tuple[int, int]], more: OffsetSpans) -> N
         spans[tp] = min(first, before[0]), max(upto, before[1])
 
 
-def _write(folder: Path, journal: Path, table: pa.Table, spans: OffsetSpans) -> None:
+def _write(folder: LogFolder, journal: Path, table: pa.Table, spans: OffsetSpans) -> None:
     """Write a journal's rows; the same rows and offsets, in whatever order, give the same parts."""
     keys = [table.schema.names[0], TIMESTAMP]
     ordered = table.sort_by([(name, "ascending") for name in keys])
@@ -345,5 +348,5 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _unavailable(folder: Path, error: OSError) -> SinkUnavailable:
+def _unavailable(folder: LogFolder, error: OSError) -> SinkUnavailable:
     return SinkUnavailable(f"offline log {folder}: {error}")

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -48,6 +49,7 @@ from llm4es.feast.deletions import (
     without_deleted,
     writing,
 )
+from llm4es.feast.object_store import LogFolder, object_folder, opened
 from llm4es.feast.parts import (
     SCHEMA_PART,
     ensure_log,
@@ -84,6 +86,8 @@ class LogOfflineStoreConfig(DuckDBOfflineStoreConfig):
     """`needs_env` names variables the file is written with: Feast leaves an unset one as it is."""
 
     type: StrictStr = "llm4es.feast.offline_log.LogOfflineStore"
+    # Of logs in an object store: what needs a file system, relative to the repository.
+    journal_folder: StrictStr = "data/journals"
     needs_env: tuple[StrictStr, ...] = ()
 
     @field_validator("needs_env", mode="before")
@@ -322,24 +326,40 @@ class LogOfflineStore(DuckDBOfflineStore):
         # Feast itself would call the days' folders a column.
         parts = list_parts(folder) if folder is not None else []
         if parts:
-            schema = parquet.read_schema(parts[0])
+            schema = parquet.read_schema(opened(parts[0]))
             return zip(schema.names, map(str, schema.types), strict=True)
         columns: Iterable[tuple[str, str]] = data_source.get_table_column_names_and_types(config)
         return columns
 
 
-def log_folder(config: RepoConfig, source: DataSource | None) -> Path | None:
-    """Folder of a source's log on this machine; None for a single file or a remote address."""
+def log_folder(config: RepoConfig, source: DataSource | None) -> LogFolder | None:
+    """Folder of a source's log, here or in an object store; None for a single file.
+
+    Raises ConfigError for an address that fsspec has no package for.
+    """
     if not isinstance(source, FileSource):
         return None
-    path = FileSource.get_uri_for_file_path(config.repo_path, source.path)
-    if "://" in path or path.endswith(".parquet"):
+    path = source.path.removeprefix("file://")
+    if "://" not in path:  # Feast itself takes some addresses for relative paths
+        path = FileSource.get_uri_for_file_path(config.repo_path, path)
+    if path.endswith(".parquet"):
         return None
-    return Path(path).absolute()
+    if "://" not in path:
+        return Path(path).absolute()
+    journals = getattr(config.offline_store, "journal_folder", "data/journals")
+    address = path.rstrip("/")
+    hashed = blake2b(address.encode(), digest_size=4).hexdigest()
+    control = Path(config.repo_path or "", journals, f"{address.rpartition('/')[2]}-{hashed}")
+    try:
+        return object_folder(
+            address, control.absolute(), endpoint=source.s3_endpoint_override or None
+        )
+    except OSError as error:
+        raise ConfigError("offline_path", f"{address}: {error}", "install what it names") from error
 
 
-def parts_folder(config: RepoConfig, source: DataSource | None) -> Path | None:
-    """Folder, or single file, of a Parquet source on this machine; None for any other source."""
+def parts_folder(config: RepoConfig, source: DataSource | None) -> LogFolder | None:
+    """Folder, or single file here, of a Parquet source; None for any other source."""
     folder = log_folder(config, source)
     if folder is not None or not isinstance(source, FileSource):
         return folder
@@ -384,7 +404,7 @@ def _name(view: FeatureView) -> str:
     return str(view.projection.name_to_use())  # type: ignore[no-untyped-call]
 
 
-def _files(place: Path) -> list[Path]:
+def _files(place: LogFolder) -> list[LogFolder]:
     if place.is_file():
         return [place]
     # The part without rows says what columns there are; it need not be read with the others.
@@ -428,7 +448,7 @@ def _pull(
     return LogRetrievalJob(query, repo_path=config.repo_path)
 
 
-def rewrite_deleted(folder: Path, *, join_key: str, timestamp_field: str) -> Rewritten:
+def rewrite_deleted(folder: LogFolder, *, join_key: str, timestamp_field: str) -> Rewritten:
     """Take rows that tombstones forbid out of a log's parts.
 
     What is left of a part is whole and durable under a name of its own before the part goes.
@@ -443,14 +463,14 @@ def rewrite_deleted(folder: Path, *, join_key: str, timestamp_field: str) -> Rew
         left_out = partial(
             without_deleted, pending=pending, join_key=join_key, timestamp=timestamp_field
         )
-        changed: set[Path] = set()
+        changed: set[LogFolder] = set()
         parts = rows = 0
         for part in list_parts(folder) if pending else ():
-            ids = parquet.ParquetFile(part).read(columns=keys)
+            ids = parquet.ParquetFile(opened(part)).read(columns=keys)
             forbidden = len(ids) - len(left_out(ids))
             if not forbidden:
                 continue
-            kept = left_out(parquet.ParquetFile(part).read())
+            kept = left_out(parquet.ParquetFile(opened(part)).read())
             if len(kept):
                 write_part(part.parent, renamed_stem(part.stem, kept, keys), kept)
             part.unlink()

@@ -12,10 +12,11 @@ one. Under one name there are never other rows, since readers find a row again b
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from llm4es.events import OffsetSpans
+from llm4es.feast.object_store import LogFolder
 from llm4es.features import FeatureRow
 
 __all__ = [
@@ -84,26 +86,28 @@ def rows_to_batch(rows: Sequence[FeatureRow], join_key: str) -> pa.RecordBatch:
 
 
 def list_parts(
-    folder: Path, *, since: datetime | None = None, until: datetime | None = None
-) -> list[Path]:
+    folder: LogFolder, *, since: datetime | None = None, until: datetime | None = None
+) -> list[LogFolder]:
     """Parts of a log in the order of their names; none where the folder is not there.
 
     Days before `since` or after `until` are left out. Parts that stand in no day's folder, as
     a log of someone else's has them, are all there.
     """
+    found: Iterable[Any] = folder.rglob("*.parquet")
     return sorted(
         path
-        for path in folder.rglob("*.parquet")
+        for path in found
         if not any(name.startswith((".", "_")) for name in path.relative_to(folder).parts)
         and _is_within(path, since, until)
     )
 
 
-def ensure_log(folder: Path, schema: pa.Schema) -> None:
+def ensure_log(folder: LogFolder, schema: pa.Schema) -> None:
     """Make the folder, and a part without rows: Feast reads a source's columns from its files."""
     if (folder / f"{SCHEMA_PART}.parquet").exists():
         return  # a log of a thousand parts is not listed for it
-    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
     if not list_parts(folder):
         write_part(folder, SCHEMA_PART, schema.empty_table())
 
@@ -130,7 +134,9 @@ def renamed_stem(stem: str, table: pa.Table, keys: Sequence[str]) -> str:
     return f"{stem.rpartition('-')[0] or stem}-{_digest(table, keys)}"
 
 
-def write_parts(folder: Path, stem: str, table: pa.Table, *, timestamp: str = TIMESTAMP) -> None:
+def write_parts(
+    folder: LogFolder, stem: str, table: pa.Table, *, timestamp: str = TIMESTAMP
+) -> None:
     """Write rows as one part for each of their days."""
     if not len(table):
         return
@@ -147,28 +153,27 @@ def write_parts(folder: Path, stem: str, table: pa.Table, *, timestamp: str = TI
         write_part(day_folder(folder, day), stem, within)
 
 
-def day_folder(folder: Path, day: date) -> Path:
+def day_folder(folder: LogFolder, day: date) -> LogFolder:
     """Where the parts of a day stand."""
     return folder / f"{_DAY}{day.isoformat()}"
 
 
-def write_part(folder: Path, stem: str, table: pa.Table) -> Path:
+def write_part(folder: LogFolder, stem: str, table: pa.Table) -> LogFolder:
     """Write rows as one part: whole and durable when it appears. The same stem replaces it."""
+    if not isinstance(folder, Path):
+        content = pa.BufferOutputStream()
+        _write_parquet(table, content)
+        there = folder / f"{stem}.parquet"
+        there.put(content.getvalue().to_pybytes())
+        return there
     if not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
     part = folder / f"{stem}.parquet"
     # Of this writer alone: two that start at once both write the part without rows.
     temporary = folder / f".{part.name}.{uuid.uuid4().hex[:8]}.tmp"
-    names = set(table.schema.names)
     with temporary.open("wb") as file:
-        parquet.write_table(
-            table,
-            file,
-            compression="zstd",
-            use_dictionary=[name for name in _LABELS if name in names],
-            use_byte_stream_split=[f"{name}.list.element" for name in _VECTORS if name in names],
-        )
+        _write_parquet(table, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(part)
@@ -176,13 +181,26 @@ def write_part(folder: Path, stem: str, table: pa.Table) -> Path:
     return part
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
+def sync_folder(folder: LogFolder) -> None:
+    """Make names in a folder durable; an object's name is."""
+    if not isinstance(folder, Path):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_parquet(table: pa.Table, file: Any) -> None:  # noqa: ANN401 - any file of pyarrow's
+    names = set(table.schema.names)
+    parquet.write_table(
+        table,
+        file,
+        compression="zstd",
+        use_dictionary=[name for name in _LABELS if name in names],
+        use_byte_stream_split=[f"{name}.list.element" for name in _VECTORS if name in names],
+    )
 
 
 def _digest(table: pa.Table, keys: Sequence[str]) -> str:
@@ -195,7 +213,7 @@ def _digest(table: pa.Table, keys: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _is_within(path: Path, since: datetime | None, until: datetime | None) -> bool:
+def _is_within(path: LogFolder, since: datetime | None, until: datetime | None) -> bool:
     name = path.parent.name
     if not name.startswith(_DAY):
         return True

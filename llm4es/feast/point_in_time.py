@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import duckdb
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from llm4es.errors import ConfigError
 from llm4es.events import EPOCH
+from llm4es.feast.object_store import LogFolder, ObjectPath
 
 __all__ = [
     "MATCHED",
@@ -45,7 +45,7 @@ class PartsTable:
     """Parquet files of one feature view, and how they are joined."""
 
     view: str
-    list_files: Callable[[], Sequence[Path]]
+    list_files: Callable[[], Sequence[LogFolder]]
     schema: pa.Schema  # of the files, where there are none yet
     keys: Mapping[str, str]  # column of the files -> column of the entity rows
     timestamp: str
@@ -109,7 +109,10 @@ def ask(entities: pd.DataFrame, timestamp: str, keys: Sequence[str]) -> Asked:
 def connect() -> duckdb.DuckDBPyConnection:
     """A DuckDB of its own, which says times in UTC."""
     connection = duckdb.connect()
-    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+    connection.execute("SET TimeZone = 'UTC'")
+    # In a notebook without ipywidgets there is none, and saying so is an error.
+    with suppress(duckdb.InvalidInputException):
+        connection.execute("SET enable_progress_bar = false")
     return connection
 
 
@@ -123,6 +126,7 @@ def join(connection: duckdb.DuckDBPyConnection, asked: Asked, table: PartsTable)
     if not files:
         return table.nothing(len(asked.table))
     source = read_files(files)
+    _reach(connection, files)
     connection.register("asked", asked.table)
     _refuse_other_keys(connection, asked, table, source)
     kept = _kept(connection, source, next(iter(table.keys), ""), table.timestamp, deleted)
@@ -144,7 +148,7 @@ def join(connection: duckdb.DuckDBPyConnection, asked: Asked, table: PartsTable)
 
 def choose(
     connection: duckdb.DuckDBPyConnection,
-    files: Sequence[Path],
+    files: Sequence[LogFolder],
     columns: Sequence[str],
     *,
     one_per: Sequence[str],
@@ -156,6 +160,7 @@ def choose(
 ) -> pa.Table:
     """Columns of one row per `one_per`, the first by `order` (SQL), within dates."""
     source = read_files(files)
+    _reach(connection, files)
     bounds = [
         f"epoch_us({quoted(timestamp)}) {sign} {_microseconds(moment)}"
         for sign, moment in ((">=", since), ("<=", until))
@@ -177,7 +182,7 @@ def choose(
     return found.combine_chunks()
 
 
-def read_files(files: Sequence[Path]) -> str:
+def read_files(files: Sequence[LogFolder]) -> str:
     """SQL that reads Parquet files; a folder's name adds no column."""
     listed = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
     return f"read_parquet([{listed}], hive_partitioning = false)"
@@ -189,6 +194,13 @@ def retrying(work: Callable[[], _T]) -> _T:
         with suppress(duckdb.IOException, FileNotFoundError):
             return work()
     return work()
+
+
+def _reach(connection: duckdb.DuckDBPyConnection, files: Sequence[LogFolder]) -> None:
+    """Let DuckDB read an object store through fsspec: its own way there is a download."""
+    for file in files[:1]:  # they are of one log
+        if isinstance(file, ObjectPath):
+            connection.register_filesystem(file.filesystem)
 
 
 def _kept(

@@ -4,8 +4,6 @@ A label row that carries an event id joins at that event's own `as_of`: the row 
 once it has seen the event, and not a microsecond of what came after.
 """
 
-from pathlib import Path
-
 import pandas as pd
 import pyarrow as pa
 from feast import FeatureStore
@@ -14,6 +12,7 @@ from pyarrow import parquet
 from llm4es.errors import ConfigError
 from llm4es.feast.definitions import TIMESTAMP_FIELD, join_key_of
 from llm4es.feast.deletions import pending_deletions, without_deleted
+from llm4es.feast.object_store import LogFolder, opened
 from llm4es.feast.offline_log import log_folder
 from llm4es.feast.parts import list_parts, log_schema
 from llm4es.feast.point_in_time import retrying
@@ -65,8 +64,8 @@ def read_as_of(store: FeatureStore, entity: str) -> pd.DataFrame:
     return frame
 
 
-def _read_columns(folder: Path, join_key: str, columns: list[str]) -> pa.Table:
+def _read_columns(folder: LogFolder, join_key: str, columns: list[str]) -> pa.Table:
     pending = pending_deletions(folder)  # before parts are listed, see `deletions`
-    parts = [parquet.read_table(part, columns=columns) for part in list_parts(folder)]
+    parts = [parquet.read_table(opened(part), columns=columns) for part in list_parts(folder)]
     rows = pa.concat_tables([log_schema(join_key).empty_table().select(columns), *parts])
     return without_deleted(rows, pending, join_key=join_key, timestamp=TIMESTAMP_FIELD)

@@ -23,6 +23,7 @@ from llm4es.events import EPOCH, NO_OFFSETS, NO_SPANS, OffsetSpans, TopicPartiti
 from llm4es.feast.definitions import TIMESTAMP_FIELD, ViewSpec
 from llm4es.feast.deletions import Deletions, Rewritten
 from llm4es.feast.journal import OfflineJournal
+from llm4es.feast.object_store import LogFolder, control_folder
 from llm4es.feast.offline_log import log_folder, rewrite_deleted
 from llm4es.feast.online import Marks, OnlineRows, ViewTarget
 from llm4es.feast.online_reader import OnlineReader
@@ -190,9 +191,14 @@ class FeastSink:
         return str(self._target.view.name)
 
     @property
-    def offline_folder(self) -> Path:
-        """Folder of the offline log."""
+    def offline_folder(self) -> LogFolder:
+        """Folder of the offline log, here or in an object store."""
         return self._journal.folder
+
+    @property
+    def journal_folder(self) -> Path:
+        """Folder of this machine where the log's journals and deletions stand."""
+        return control_folder(self._journal.folder)
 
     @property
     def join_key(self) -> str:

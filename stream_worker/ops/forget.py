@@ -94,7 +94,7 @@ def forget_entity(
         window = _await_window(store, entity_id, TopicPartition(topic, partition), offset, until)
         gone = window is not None and window.deleted
         rewritten = sink.rewrite_deleted()
-        clear = _await(lambda: not _in_files(sink.offline_folder, entity_id), until)
+        clear = _await(lambda: not _in_files(sink.journal_folder, entity_id), until)
         letters = take_away(
             kafka,
             settings.dead_letter_topic or f"{topic}.dead-letters",

@@ -9,8 +9,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from feast import FeatureStore
 from feast.data_format import AvroFormat, ProtoFormat, StreamFormat
 from redis import Redis
 
+from dev.processes import LOOPBACK, ServerProcess, on_a_free_port
 from dev.servers import RedisClusterServers, RedisServer, wait_until
 from llm4es.deletion import DeletionKey, Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
@@ -447,10 +450,7 @@ def test_a_process_that_has_feast_and_not_us_reads_rows_and_training_sets(
     sink.journal([written])
     sink.publish([written])
     sink.close()
-    file = world.repo / "feature_store.yaml"
-    ours = "llm4es.feast.offline_log.LogOfflineStore"
-    assert ours in file.read_text()
-    file.write_text(file.read_text().replace(ours, "duckdb"))
+    without_us(world.repo)
     script = Path(__file__).with_name("stock_client.py")
     done = subprocess.run(
         [sys.executable, str(script), str(world.repo), unique, NOON.isoformat()],
@@ -465,6 +465,61 @@ def test_a_process_that_has_feast_and_not_us_reads_rows_and_training_sets(
     vector = [float(each) for each in written.embedding]
     assert found["online"] == [vector, ["seen", None]]
     assert found["training"] == [vector, ["seen", "seen"]]
+
+
+def without_us(repo: Path) -> None:
+    """Let a repository name nothing of ours: what a client that has Feast alone is given."""
+    file = repo / "feature_store.yaml"
+    ours = "llm4es.feast.offline_log.LogOfflineStore"
+    assert ours in file.read_text()
+    file.write_text(file.read_text().replace(ours, "duckdb"))
+
+
+def test_a_feature_server_that_has_feast_and_not_us_serves_rows(
+    tmp_path: Path, redis_server: RedisServer, unique: str
+) -> None:
+    world = make_world(tmp_path, "redis", redis_server)
+    sink = world.open()
+    written = row(world.spec, unique, seed=4, last_event_id="seen")
+    sink.publish([written])
+    sink.close()
+    without_us(world.repo)
+    process = ServerProcess("feast serve", log=tmp_path / "serve.log")
+    script = Path(__file__).with_name("stock_server.py")
+
+    def answers(port: int) -> bool:
+        try:
+            with urlopen(f"http://{LOOPBACK}:{port}/health", timeout=10) as response:
+                return bool(response.status == HTTPStatus.OK)
+        except OSError:
+            return False
+
+    port = on_a_free_port(
+        lambda port: process.start(
+            [sys.executable, str(script), "-c", str(world.repo), "serve",
+             "--host", LOOPBACK, "--port", str(port)],
+            lambda: answers(port),
+            120,
+        )
+    )  # fmt: skip
+    try:
+        asked = {
+            "feature_service": "customer_llm4es",
+            "entities": {"customer_id": [unique, "nobody"]},
+        }
+        question = Request(
+            f"http://{LOOPBACK}:{port}/get-online-features",
+            data=json.dumps(asked).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urlopen(question, timeout=60) as response:  # noqa: S310
+            found = json.load(response)
+    finally:
+        process.stop()
+    names = found["metadata"]["feature_names"]
+    values = {name: told["values"] for name, told in zip(names, found["results"], strict=True)}
+    assert values["last_event_id"] == ["seen", None]
+    assert values["embedding"][0] == [float(each) for each in written.embedding]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

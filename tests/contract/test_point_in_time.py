@@ -200,6 +200,28 @@ def test_stock_dask_drops_and_collapses_rows(worlds: Callable[[str], World]) -> 
     assert all(any("rows in" in problem for problem in problems) for problems in found)
 
 
+EDGE_NS = START * 1000 + int(TTL.total_seconds()) * 10**9
+DEFECTS: dict[str, tuple[list[int], Literal["ns", "us"], str]] = {
+    "drops rows whose matches are all too old": ([EDGE_NS + 10**12], "us", "1 rows in, 0 out"),
+    "drops rows of before all matches": ([START * 1000 - 10**9], "us", "1 rows in, 0 out"),
+    "collapses rows that are alike": ([START * 1000] * 3, "us", "3 rows in, 1 out"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_stock_dask_has_each_defect_that_ours_has_not(
+    worlds: Callable[[str], World], defect: str
+) -> None:
+    asked, unit, due = DEFECTS[defect]
+    data = DataSet(
+        customers=[("c0", START, 0)],
+        terminals=[("t0", START, 0)],
+        asked=[("c0", "t0", moment) for moment in asked],
+    )
+    assert differences(data, worlds("dask").ask(data, unit), unit) == [due]
+    assert differences(data, worlds(OURS).ask(data, unit), unit) == []
+
+
 def test_stock_duckdb_refuses_nanoseconds_and_is_right_without_them(
     worlds: Callable[[str], World],
 ) -> None:
