@@ -220,6 +220,8 @@ class Worker:
         except Fenced as error:
             log.warning("%s; the batch is dropped and read again", error)
             self._metrics.fenced()
+            # The next poll places what a rebalance gave; a loss that still stands is seen again.
+            self._lost = False
         except StoreLost as error:
             log.warning("%s; the log is read again from where the store stands", error)
             self._metrics.store_lost()

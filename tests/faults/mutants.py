@@ -38,7 +38,7 @@ class Edit:
 
 
 _PUBLISH = """\
-            self._patience.with_(lambda: self._sink.journal(batch.rows))
+            self._patience.with_(lambda: self._sink.journal(batch.rows, _spans(records)))
             self._patience.with_(  # 1. publish: offline first, then online
                 lambda: self._sink.publish(
                     batch.newest, reached=reached, held=self._places.published
@@ -46,7 +46,7 @@ _PUBLISH = """\
             )
 """
 _LATER = """\
-        self._sink.journal(batch.rows)
+        self._sink.journal(batch.rows, _spans(records))
         self._sink.publish(batch.newest, reached=reached, held=self._places.published)
         self._hot.keep(batch.windows)
 """

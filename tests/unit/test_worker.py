@@ -1,6 +1,7 @@
 """What the loop does with each kind of record and each kind of failure."""
 
 import base64
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from llm4es.bundle import Bundle
 from llm4es.deletion import DeletionKey
 from llm4es.errors import (
     BundleMismatch,
+    Fenced,
     LLM4ESError,
     NonFiniteEmbedding,
     SinkRejected,
@@ -594,6 +596,50 @@ def test_a_tombstone_that_cannot_be_is_a_bad_record(tmp_path: Path, bad: str) ->
     assert reason in letter["reason"]
     assert letter["value"] is None
     assert shop.sink.online["c1"].event_count == 2
+
+
+class Rebalancing(ScriptedLog):
+    """One whose group is shared out anew while a batch is under way, once `armed`."""
+
+    armed = False
+    refused = 0
+    _members: Any = None
+
+    def subscribe(self, listener: Any) -> None:  # noqa: ANN401 - the port's type stands above us
+        self._members = listener
+        super().subscribe(listener)
+
+    def keep_alive(self) -> None:
+        if self.armed:
+            self.refused += 1
+            assert self.refused < 10, "the rebalance is never placed"
+            raise Fenced("the group has given partitions of this batch to another worker")
+
+    def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:
+        if self.armed and self.refused:
+            self.armed = False
+            self._members.revoked(sorted({record.topic_partition for record in self._records}))
+            super().subscribe(self._members)
+        return super().poll(max_records, timeout_s)
+
+
+def test_a_rebalance_while_lost_rows_are_published_again_is_placed_by_the_next_poll(
+    tmp_path: Path,
+) -> None:
+    log = payments(6, customers=2)
+    shop = Shop(tmp_path, log)
+    source = Rebalancing(log, shop.describe)
+    shop.wrap = lambda parts: dataclasses.replace(parts, source=source)
+
+    def lose_rows_once(_worker: Worker) -> None:
+        if not source.refused:
+            shop.sink.lose()
+            source.armed = True
+
+    shop.work(on_batch=lose_rows_once, drain_s=0, max_batch_tokens=1)
+    assert source.refused == 1
+    assert {row.event_count for row in shop.sink.online.values()} == {3}
+    assert len(shop.sink.online) == 2
 
 
 def copied(record: Record, offset: int) -> Record:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,6 @@ class Play:
         self.static = self.rng.random() < 0.3
         self.boundary = ("", 0)
         self._deadly = 0
-        self._slots = 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,8 +109,10 @@ class Play:
         """Start one more; the first two may carry the place where they die."""
         settings = self.settings
         if self.static:
-            settings["group_instance_id"] = f"w{self._slots % self.wanted}"
-        self._slots += 1
+            taken = {each.plan.settings.get("group_instance_id") for each in self.workers}
+            settings["group_instance_id"] = next(
+                name for name in (f"w{number}" for number in count()) if name not in taken
+            )
         boundary, occurrence = self.boundary if self._deadly > 0 else ("", 0)
         self._deadly -= 1
         plan = Plan(self.folder / "workers.log", settings, boundary, occurrence)
