@@ -58,10 +58,20 @@ class DiskBuckets:
         return sum(1 for _ in self._folder.iterdir())
 
     def read(self) -> Iterator[list[Record]]:
-        """Each bucket's records, read when they are asked for; its file goes then."""
+        """Each bucket's records, read when they are asked for; its file goes then.
+
+        Raises ConfigError where they are gone: `forget` takes them away.
+        """
         for path in sorted(self._folder.iterdir()):
-            content = path.read_bytes()
-            path.unlink()
+            try:
+                content = path.read_bytes()
+                path.unlink()
+            except OSError as error:
+                raise ConfigError(
+                    "state_dir",
+                    f"{path} is gone ({error.strerror})",
+                    "give the same command again: it passes over what stands",
+                ) from error
             yield list(self._decode(content))
 
     def remove(self) -> None:

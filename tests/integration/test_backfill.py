@@ -210,3 +210,14 @@ def test_a_log_on_disk_is_read_a_bucket_at_a_time(tmp_path: Path) -> None:
     by_key = {key: [each for each in made if each.key == key] for key in owners}
     assert {key: [each for each in found if each.key == key] for key in owners} == by_key
     assert len(found) == len(made)
+
+
+def test_a_log_that_was_taken_away_meanwhile_is_said(tmp_path: Path) -> None:
+    buckets = DiskBuckets(tmp_path / "buckets", expected=10)
+    buckets.add(records([payment(f"e{n}", n, customer=f"c{n}") for n in range(10)]))
+    buckets.finish()
+    read = buckets.read()
+    next(read)
+    buckets.remove()  # as `forget` does
+    with pytest.raises(ConfigError, match="is gone"):
+        next(read)

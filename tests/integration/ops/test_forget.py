@@ -12,8 +12,11 @@ from redis import Redis
 
 from dev.processes import wait_until
 from dev.servers import KafkaServer, RedisServer
+from llm4es.events import Record
 from llm4es.testing import LengthEmbedder
 from stream_worker.assembly import assembled_around
+from stream_worker.ops.backfill import BACKFILLS
+from stream_worker.ops.disk_buckets import DiskBuckets
 from stream_worker.ops.forget import expire_idle, forget_entity
 from stream_worker.ops.replay_plan import ReplayRequest
 from tests.histories import payment
@@ -58,6 +61,12 @@ def holders(folder: Path) -> list[Path]:
     ]
 
 
+def newest(live: Live, entity_id: str) -> str | None:
+    """The newest event that its online row has seen."""
+    row = live.online_rows().get(entity_id)
+    return None if row is None else row.last_event_id
+
+
 def test_nothing_holds_the_entity_and_nothing_brings_it_back(
     live: Live, redis_server: RedisServer
 ) -> None:
@@ -67,12 +76,23 @@ def test_nothing_holds_the_entity_and_nothing_brings_it_back(
     produce(live.kafka, live.topic, [(GONE.encode(), bad), (b"cust-033", other)])
     live.work()
     live.replay(ReplayRequest(into="offline", every_event=True))
+    killed = DiskBuckets(live.settings.state_dir / BACKFILLS / "killed" / "buckets", expected=1)
+    killed.add(
+        [
+            Record(
+                topic=live.topic, partition=0, offset=0, timestamp=None,
+                key=GONE.encode(), value=bad,
+            )
+        ]
+    )  # fmt: skip
+    killed.finish()
     assert holders(live.folder)
     assert (GONE in live.online_rows()) is True
     with working(live):
         receipt = forget_entity(live.settings, live.bundle, GONE, wait_s=60)
     assert receipt.done, receipt
     assert receipt.rows_removed > 0 < receipt.dead_letters_removed
+    assert receipt.replays_removed == 1
     assert GONE not in str(receipt)
     assert not holders(live.folder)
     client: Any = Redis.from_url(f"{redis_server.url}/8")
@@ -114,9 +134,7 @@ def test_a_zombie_that_held_its_events_does_not_bring_it_back(
     zombie.freeze()  # in the midst of them: four at a time, with a fetch of them all at hand
     live.produce([payment("alive", 9_000, customer="cust-05")])
     with working(live):
-        assert wait_until(
-            lambda: live.online_rows()["cust-05"].last_event_id == "alive", timeout_s=120
-        )
+        assert wait_until(lambda: newest(live, "cust-05") == "alive", timeout_s=120)
         receipt = forget_entity(live.settings, live.bundle, GONE, wait_s=15)
         assert receipt.window_gone
         assert receipt.online_gone
