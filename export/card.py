@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from llm4es.bundle import Manifest
+from llm4es.bundle import Compute, Manifest
 
 __all__ = ["model_card"]
 
@@ -24,6 +24,7 @@ model over the rendered history, at half-lives of {scales} events. Method: LLM4E
 | loss, nats per token | training {train_loss}, held-out entities {held_out_loss} |
 | chapters | an anchor every {chapter_events} events on average, at most {max_tokens} tokens |
 | surprise | {surprise} |
+| computed in | {compute} |
 | parity with transformers, relative | {parity} |
 
 What the model reads first, before every chapter:
@@ -67,10 +68,23 @@ def model_card(manifest: Manifest, header: str) -> str:
         surprise="none"
         if manifest.surprise is None
         else "in all and by field, above its mean by depth, in nats",
-        parity=", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items()),
+        compute=_computed(manifest.compute),
+        parity=", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items())
+        or "of the bundle it was made from",
         header=header.rstrip("\n"),
     )
     return str(ModelCard(text))
+
+
+def _computed(compute: Compute) -> str:
+    told = f"{compute.precision}, keys and values in {compute.cache}"
+    judged = compute.judged
+    if judged is None:
+        return told
+    told += f"; std-centred cosine to {judged.origin} {judged.cosine}, 5-NN {judged.neighbours}"
+    if judged.auc_loss is not None:
+        told += f", ROC-AUC lower by {judged.auc_loss}"
+    return f"{told}{', let through by force' if judged.forced else ''}"
 
 
 def _loss(value: float | None) -> str:

@@ -146,7 +146,9 @@ def test_one_that_loses_too_much_is_refused_and_leaves_nothing_behind(
         make_variant(bad, QUIET)
     assert "--keep" in refused.value.remedy
     assert not list(tmp_path.iterdir())
-    forced = make_variant(replace(bad, force=True), QUIET).manifest.compute.judged
+    let_through = make_variant(replace(bad, force=True), QUIET)
+    assert "let through by force" in (let_through.folder / "README.md").read_text()
+    forced = let_through.manifest.compute.judged
     assert forced is not None
     assert forced.forced
     assert forced.cosine < COSINE
