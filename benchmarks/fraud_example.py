@@ -47,17 +47,8 @@ def main(
     place = TwoViews((ROOT / home).resolve())
     shutil.rmtree(place.home, ignore_errors=True)
     prepared = place.home / "prepared"
-    run(
-        [
-            "export",
-            "prepare",
-            "fraud-handbook",
-            "--from",
-            str(data.resolve()),
-            "--out",
-            str(prepared),
-        ]
-    )
+    official = str(data.resolve())
+    run(["export", "prepare", "fraud-handbook", "--from", official, "--out", str(prepared)])
     payments = sample(prepared, place.home, customers)
     logs = {
         CUSTOMER: Log(place.home / "customer.parquet", prepared / "schema.yaml"),

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,7 @@ _VECTORS = ("embedding", "surprise")
 _LABELS = ("last_event_id", "bundle_id")
 _NAMED_SPANS = 3  # of a part's name; more of them are hashed
 _DIGEST_BYTES = 6
+_Place = TypeVar("_Place", bound=LogFolder)
 
 
 def log_schema(join_key: str) -> pa.Schema:
@@ -86,8 +87,8 @@ def rows_to_batch(rows: Sequence[FeatureRow], join_key: str) -> pa.RecordBatch:
 
 
 def list_parts(
-    folder: LogFolder, *, since: datetime | None = None, until: datetime | None = None
-) -> list[LogFolder]:
+    folder: _Place, *, since: datetime | None = None, until: datetime | None = None
+) -> list[_Place]:
     """Parts of a log in the order of their names; none where the folder is not there.
 
     Days before `since` or after `until` are left out. Parts that stand in no day's folder, as
