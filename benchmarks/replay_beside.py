@@ -50,7 +50,7 @@ from llm4es.bundle import load_bundle
 
 TOPIC = "payments"
 SETTLE_S = 2.0  # after each change of turns: what was under way belongs to neither
-START_S = 30  # live events are ready for as long as a replay may take to start
+MARGIN_S = 5.0  # live events and records to replay are ready for so long beyond the turns
 EVERYONE = 1_000_000
 
 console = Console(stderr=True)
@@ -67,13 +67,13 @@ class Load:
 
     @property
     def live(self) -> int:
-        """Events that come while turns are taken, and while the replay starts."""
-        return int(self.rate * (2 * self.turns * self.turn_s + START_S))
+        """Events that come while turns are taken."""
+        return int(self.rate * (2 * self.turns * self.turn_s + MARGIN_S))
 
     @property
     def replayed(self) -> int:
         """Records that the replay passes meanwhile, at most."""
-        return int(self.replay_rate * (self.turns * self.turn_s + START_S))
+        return int(self.replay_rate * (self.turns * self.turn_s + MARGIN_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +147,20 @@ def _measure(
     bundle_id = load_bundle(bundle).id
 
     def await_folded(count: int) -> None:
-        if not wait_until(lambda: folded(bench.redis, bundle_id, TOPIC) >= count, timeout_s=120):
+        if not wait_until(lambda: folded(bench.redis, bundle_id, TOPIC) >= count, timeout_s=300):
             raise RuntimeError("the worker did not catch up")
 
     with start("timed", order) as worker:
         try:
             await_folded(past)
             console.print(f"{past:,} events of the past are folded, {load.live:,} come now")
-            producing = Thread(
-                target=produce, args=(bench, TOPIC, lines[past:], "customer_id", load.rate)
-            )
-            producing.start()
             with _replay(bench, bundle, load) as replay:
+                producing = Thread(
+                    target=produce,
+                    args=(bench, TOPIC, lines[past:], "customer_id", load.rate),
+                    daemon=True,
+                )
+                producing.start()
                 taken = _take_turns(replay, load)
             producing.join()
             await_folded(len(lines))
@@ -188,7 +190,7 @@ def _take_turns(replay: "subprocess.Popen[str]", load: Load) -> list[Turn]:
 
 @contextmanager
 def _replay(bench: Bench, bundle: Path, load: Load) -> "Iterator[subprocess.Popen[str]]":
-    """A replay of the log from its start into the live view, once it has begun to write rows."""
+    """A replay of the log into the live view, which has begun to write rows and is halted."""
     process = subprocess.Popen(
         [*_command(bench, bundle, "replay"), "--into", "view", "--every-event",
          "--rate", str(load.replay_rate), "--threads", "1"],
@@ -200,9 +202,10 @@ def _replay(bench: Bench, bundle: Path, load: Load) -> "Iterator[subprocess.Pope
         return process.poll() is not None or any(begun.rglob("*-replay_*"))
 
     try:
-        if not wait_until(writes, timeout_s=START_S) or process.poll() is not None:
+        if not wait_until(writes, timeout_s=120) or process.poll() is not None:
             process.kill()
             raise RuntimeError(f"the replay did not begin: {process.communicate()[1]}")
+        process.send_signal(signal.SIGSTOP)
         yield process
     finally:
         process.send_signal(signal.SIGCONT)
