@@ -104,21 +104,25 @@ def _transformers(folder: Path, attention: str) -> Peer:
 
 
 def _openvino(folder: Path) -> Peer:
-    """OpenVINO's own conversion of the same module, fp32, one thread."""
-    import openvino as ov  # noqa: PLC0415 - an optional peer
+    """OpenVINO on optimum's export of the same module, fp32, one thread.
 
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_cache=False).eval()
-    example = {
-        "input_ids": torch.ones(2, 8, dtype=torch.int64),
-        "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-    }
-    converted = ov.convert_model(model, example_input=example)
+    Its own conversion traces the module, and fails where transformers builds its mask.
+    """
+    import openvino as ov  # noqa: PLC0415 - an optional peer
+    from optimum.exporters.onnx import main_export  # noqa: PLC0415 - heavy
+
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(converted, "CPU", settings)
+    with tempfile.TemporaryDirectory() as out:
+        main_export(str(folder), out, task="feature-extraction", do_validation=False)
+        model = ov.Core().read_model(str(Path(out) / "model.onnx"))
+        compiled = ov.Core().compile_model(model, "CPU", settings)
+    names = {each.any_name for each in compiled.inputs}
 
     def read(windows: Sequence[NDArray[np.int64]]) -> object:
         ids, mask = _padded(windows)
-        states = compiled({"input_ids": ids, "attention_mask": mask})[0]
+        places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+        states = compiled({name: inputs[name] for name in names})[0]
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
 
     return read
@@ -126,18 +130,24 @@ def _openvino(folder: Path) -> Peer:
 
 def _sentence_transformers(folder: Path) -> Peer:
     """Sentence-transformers with its ONNX backend, which exports the folder by itself."""
-    from sentence_transformers import SentenceTransformer, models  # noqa: PLC0415 - optional
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - optional
+    from sentence_transformers.sentence_transformer.modules import (  # noqa: PLC0415
+        Pooling,
+        Transformer,
+    )
 
-    options = {"backend": "onnx", "model_args": {"provider": "CPUExecutionProvider"}}
-    with tempfile.TemporaryDirectory() as cache:
-        reader = models.Transformer(str(folder), cache_dir=cache, **options)
-        pooling = models.Pooling(reader.get_word_embedding_dimension(), "mean")
-        model: Any = SentenceTransformer(modules=[reader, pooling], device="cpu")
+    options: Any = {"provider": "CPUExecutionProvider", "export": True}
+    reader = Transformer(str(folder), backend="onnx", model_kwargs=options)
+    pooling = Pooling(reader.get_embedding_dimension(), "mean")
+    model: Any = SentenceTransformer(modules=[reader, pooling], device="cpu")
 
     def read(windows: Sequence[NDArray[np.int64]]) -> object:
         ids, mask = (torch.from_numpy(each) for each in _padded(windows))
+        # Left out, as it leaves them, optimum refuses a decoder's graph.
+        places = torch.arange(ids.shape[1]).expand(ids.shape)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
         with torch.inference_mode():
-            return model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+            return model(inputs)["sentence_embedding"]
 
     return read
 
