@@ -13,7 +13,6 @@ about twenty minutes on two cores.
 """
 
 import json
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -45,7 +44,7 @@ def main(
     warnings.simplefilter("ignore")  # Feast's own deprecations
     started = time.monotonic()
     place = TwoViews((ROOT / home).resolve())
-    shutil.rmtree(place.home, ignore_errors=True)
+    place.clear()
     prepared = place.home / "prepared"
     official = str(data.resolve())
     run(["export", "prepare", "fraud-handbook", "--from", official, "--out", str(prepared)])

@@ -7,7 +7,6 @@ fetches a point-in-time training set from both views by `training_frame`, trains
 scores payments by what the online store serves. The notebook beside it is the same with plots.
 """
 
-import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -261,7 +260,7 @@ def main(
     warnings.simplefilter("ignore")  # Feast's own deprecations are not the reader's concern
     started = time.monotonic()
     place = TwoViews((ROOT / home).resolve())
-    shutil.rmtree(place.home, ignore_errors=True)
+    place.clear()
     logs = place.simulate(customers=customers, days=days)
     place.train(logs, steps=steps)
     place.apply()

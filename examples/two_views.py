@@ -22,6 +22,7 @@ import pandas as pd
 __all__ = ["CUSTOMER", "ENTITIES", "TERMINAL", "CommandFailed", "Log", "TwoViews"]
 
 ROOT = Path(__file__).resolve().parent.parent
+_MARKER = ".two-views"  # in a folder that may be emptied
 CUSTOMER, TERMINAL = ENTITIES = ("customer", "terminal")
 
 
@@ -53,6 +54,15 @@ class TwoViews:
     def repo(self) -> Path:
         """The Feast repository: a copy of ours, with its data."""
         return self.home / "feature_repo"
+
+    def clear(self) -> None:
+        """Begin anew. Raises FileExistsError for a folder that holds something else."""
+        marker = self.home / _MARKER
+        if self.home.exists() and any(self.home.iterdir()) and not marker.exists():
+            raise FileExistsError(f"{self.home} is not of an earlier run: name another folder")
+        shutil.rmtree(self.home, ignore_errors=True)
+        self.home.mkdir(parents=True)
+        marker.touch()
 
     def bundle(self, entity: str) -> Path:
         """The bundle of an entity."""

@@ -367,7 +367,7 @@ def test_no_entity_rows_and_no_log_yet_are_answered_too(
     entities = pd.DataFrame({JOIN_KEY: ["c1"], "event_timestamp": [NOON]})
     assert historical(stock, entities)["last_event_id"].isna().all()
     assert historical(stock, entities.iloc[:0]).empty
-    shutil.rmtree(sink._journal._folder)  # noqa: SLF001 - no one has written yet
+    shutil.rmtree(sink.journal_folder)  # no one has written yet: journal and log are one folder
     assert historical(stock, entities)["last_event_id"].isna().all()
 
 
