@@ -222,11 +222,11 @@ def worker(places: Places, figures: dict[str, float]) -> dict[str, float]:
 
 
 def _windows_read(graph: ChapterGraph) -> Callable[[Sequence[NDArray[np.int64]]], object]:
-    return lambda windows: [_whole(graph, ids) for ids in windows]
-
-
-def _whole(graph: ChapterGraph, ids: NDArray[np.int64]) -> object:
-    return graph.read(_reading(graph, ids, past=0, kv=graph.kv_shape.empty(1, len(ids)))).pooled
+    """Windows one by one, keys and values in memory that is taken once, as the engine does."""
+    kv = graph.kv_shape.empty(1, max(max(lengths) for lengths in LENGTHS.values()))
+    return lambda windows: [
+        graph.read(_reading(graph, ids, past=0, kv=kv)).pooled for ids in windows
+    ]
 
 
 def _reader(graph: ChapterGraph, past: int, new: int) -> Callable[[], object]:
