@@ -31,6 +31,7 @@ from llm4es.feast.definitions import join_key_of
 from llm4es.feast.entity_keys import entity_keys
 from llm4es.feast.online import ViewTarget, encode_vector
 from llm4es.feast.opening import open_store
+from llm4es.feast.redis_asking import KeyedCommand
 from llm4es.feast.redis_rows import REDIS_ERRORS, translate_redis_error
 from llm4es.feast.services import served_view
 
@@ -116,6 +117,7 @@ class EmbeddingReader:
             f"_ts:{name}".encode(),
             *(_mmh3(f"{name}:{feature}") for feature in _FEATURES),
         ]
+        self._command = KeyedCommand(b"HMGET", self._fields)
         self._cluster = config.online_store.redis_type == RedisType.redis_cluster
         self._own_async: dict[asyncio.AbstractEventLoop, Any] = {}
         try:
@@ -179,6 +181,9 @@ class EmbeddingReader:
 
     def _fetch(self, entity_ids: Sequence[str]) -> list[list[bytes | None]]:
         try:
+            if not self._cluster:
+                keys = [self._key(entity_id) for entity_id in entity_ids]
+                return _checked(self._command.ask(self._client, keys))
             pipe = self._client.pipeline(transaction=False)
             for entity_id in entity_ids:
                 pipe.execute_command("HMGET", self._key(entity_id), *self._fields)
