@@ -3,11 +3,22 @@
 from functools import cache
 from hashlib import sha1
 
-__all__ = ["DELETE", "REPLACE", "WRITE", "script_sha"]
+__all__ = ["DECODE", "DELETE", "REPLACE", "WRITE", "script_sha"]
 
-# A protobuf Timestamp's seconds and nanoseconds.
-_DECODE = """
+# A protobuf Timestamp's seconds and nanoseconds: first as nearly every one is written, of a second
+# from 1978 to 3058 in five bytes, then whatever else a writer may have put there.
+DECODE = """
 local function decode(bytes)
+  local tag, a, b, c, d, e, more, f, g, h, i, j = string.byte(bytes, 1, 12)
+  if tag == 8 and e and a > 127 and b > 127 and c > 127 and d > 127 and e < 128
+      and (not more or (more == 16 and #bytes < 13)) then
+    local nanos = f or 0
+    if g then nanos = nanos - 128 + g * 128 end
+    if h then nanos = nanos - 16384 + h * 16384 end
+    if i then nanos = nanos - 2097152 + i * 2097152 end
+    if j then nanos = nanos - 268435456 + j * 268435456 end
+    return a + b * 128 + c * 16384 + d * 2097152 + e * 268435456 - 270549120, nanos
+  end
   local seconds, nanos, at = 0, 0, 1
   while at <= #bytes do
     local tag, value, scale = string.byte(bytes, at), 0, 1
@@ -32,7 +43,7 @@ end
 #
 # One string for all rows: Redis copies every argument into Lua before a script begins.
 WRITE = (
-    _DECODE
+    DECODE
     + """
 local call, unpack, select = redis.call, cmsgpack.unpack_limit, select
 local count, width = tonumber(ARGV[1]), tonumber(ARGV[6])
@@ -49,9 +60,9 @@ for each = 1, count do
     if order == 0 then order = nanos - guards[at - 1] end
   end
   if order < 0 then
-    call('HSET', key, select(2, unpack(rows, width, guards[at])))
+    local new = call('HSET', key, select(2, unpack(rows, width, guards[at])))
     if ttl ~= '0' then call('EXPIRE', key, ttl)
-    else call('PERSIST', key) end -- a deleted entity's key was to end
+    elseif new > 0 then call('PERSIST', key) end -- a key that was to end held no values
   elseif order > 0 then
     answer[#answer + 1] = each
   end
@@ -87,7 +98,7 @@ return 1
 # view's fields. The key, which other views of the entity share, ends with its guard when nothing
 # but timestamps is left. Gives -1 where a newer row stands, and changes nothing then.
 DELETE = (
-    _DECODE
+    DECODE
     + """
 local seconds, nanos = tonumber(ARGV[1]), tonumber(ARGV[2])
 local standing = redis.call('HGET', KEYS[1], ARGV[4])

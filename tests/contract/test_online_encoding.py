@@ -1,9 +1,11 @@
 """What we write by hand is, byte for byte, what Feast's own messages give."""
 
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from feast.protos.feast.types.Value_pb2 import FloatList, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
+from redis import Redis
 
+from dev.servers import RedisServer
 from llm4es.feast.online import ViewTarget, encode_row, encode_timestamp, encode_vector
 from llm4es.feast.redis_packing import RowPacker
+from llm4es.feast.redis_scripts import DECODE
 from tests.feast_parts import BUNDLE_ID, apply, make_repo, make_spec, row
 
 pytestmark = [
@@ -32,6 +37,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> ViewTarget:
     store = apply(make_repo(folder / "repo"), spec)
     view = store.get_stream_feature_view(f"customer_llm4es_{BUNDLE_ID}")
     return ViewTarget(store, view, "customer_id")
+
+
+@pytest.fixture(scope="module")
+def redis_client(redis_server: RedisServer) -> Iterator[Redis]:
+    client = Redis.from_url(redis_server.url)
+    yield client
+    client.close()
 
 
 @given(
@@ -137,3 +149,25 @@ def test_vectors_of_any_length(size: int) -> None:
     vector = np.arange(size, dtype=np.float32)
     message = Value(float_list_val=FloatList(val=vector))
     assert encode_vector(vector) == message.SerializeToString()
+
+
+@given(
+    seconds=st.one_of(
+        st.integers(0, 253_402_300_799),
+        st.sampled_from([0, 1, 127, 128, 2**21, 2**28 - 1, 2**28, 2**35 - 1, 2**35]),
+    ),
+    nanos=st.one_of(
+        st.integers(0, 999_999_999),
+        st.sampled_from([0, 1, 127, 128, 2**14 - 1, 2**14, 2**21, 2**28 - 1, 2**28]),
+    ),
+)
+def test_redis_reads_any_timestamp_as_its_message_does(
+    redis_client: Redis, seconds: int, nanos: int
+) -> None:
+    written = Timestamp(seconds=seconds, nanos=nanos).SerializeToString()
+    script = (
+        f"{DECODE}\nlocal s, n = decode(ARGV[1])\n"
+        "return {string.format('%.0f', s), string.format('%.0f', n)}"
+    )
+    found: Any = redis_client.eval(script, 0, written)
+    assert [int(each) for each in found] == [seconds, nanos]
