@@ -75,7 +75,8 @@ def test_shuffled_labels_tell_nothing(evaluated: Evaluated, sample: Sample, tmp_
     pq.write_table(pa.Table.from_pylist(large), path)
     task = read_task(path, LabelColumns(), entity_field="customer_id")
     assert task.entity_ids == evaluated.task.entity_ids
-    found = shuffled_aucs(task, Features("embedding", evaluated.embeddings.vectors))
+    some = evaluated.embeddings.vectors[:, ::8]  # all of them take eight times as long to fit
+    found = shuffled_aucs(task, Features("embedding", some))
     assert len(found) == len(evaluated.shuffled) == 5
     assert abs(float(np.mean(found)) - 0.5) <= 0.03
     told = predict(
