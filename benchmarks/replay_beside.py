@@ -258,7 +258,7 @@ def _figures(taken: Sequence[Turn], ages: NDArray[np.float64]) -> dict[str, Any]
 
 def _long_log(folder: Path, load: Load) -> Path:
     """Simulated payments enough for the live load and what is replayed."""
-    customers = 20 + (load.live + load.replayed) // 80  # who have some 95 events in 60 days
+    customers = 20 + (load.live + load.replayed) // 50  # who have some 57 events in 60 days
     subprocess.run(
         [sys.executable, "-m", "export", "simulate", "--out", str(folder), "--seed", "8",
          "--customers", str(customers), "--days", "60"],
