@@ -56,18 +56,19 @@ def main(
     # Ray lowers its workers' priority: beside anything else on the machine that would be compared.
     os.environ.setdefault("RAY_worker_niceness", "0")
     cores = cast("int", machine()["cores"])
-    one = open_reader()
     alone: list[float] = []
     pooled: list[float] = []
-    with ray_pool(open_reader, actors=cores) as pool:
-        rows: list[set[Any]] = []
-        for _ in range(repeats):
+    rows: list[set[Any]] = []
+    for _ in range(repeats):
+        # Readers that have read nothing: what they remember of chapters and lines is no backfill's.
+        one = open_reader()
+        with ray_pool(open_reader, actors=cores) as pool:
             ways: Sequence[tuple[list[float], Callable[[], Iterator[Filled]]]] = (
-                (alone, lambda: fill_here(lambda: one, buckets)),
+                (alone, lambda: fill_here(lambda: one, buckets)),  # noqa: B023 - called at once
                 (pooled, lambda: pool.fill(buckets)),
             )
             for seconds, fill in ways:
-                spent, found = timed(lambda: list(fill()))  # noqa: B023 - called at once
+                spent, found = timed(lambda: list(fill()))  # noqa: B023
                 seconds.append(spent)
                 rows.append({(row.entity_id, row.as_of, row.embedding.tobytes())
                              for filled in found for row in filled.rows})  # fmt: skip

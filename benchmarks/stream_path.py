@@ -7,8 +7,8 @@ those of kafka-python and `FeatureStore.push` per event, `vs_plain_poll` over a 
 that only parses JSON (kafka-python as pip installs it; `vs_plain_poll_crc32c`: with checksums in C,
 as ours), `vs_quix` over the same fold as a Quix Streams application with the same
 sink (extra `bench`). `freshness_p99_ms` is from record timestamp to readable online, at half the
-rate that the worker keeps up with a domain model in batches of 32; without --bundle one is made from the simulator.
-Medians of interleaved repeats.
+rate that the worker keeps up with a domain model in batches of 32; without --bundle one is made
+from the simulator. Medians of interleaved repeats.
 """
 
 import json
