@@ -67,8 +67,9 @@ def recover_journals(folder: LogFolder, deletions: Deletions | None = None) -> i
     another recovery.
     """
     known = deletions or Deletions(folder, None)
+    journals = control_folder(folder) / _JOURNALS
     found = 0
-    for path in sorted((control_folder(folder) / _JOURNALS).glob(f"*{_SUFFIX}")):
+    for path in sorted(journals.glob(f"*{_SUFFIX}")):
         with suppress(FileNotFoundError), path.open("rb") as file:
             if not _lock(file.fileno()) or os.fstat(file.fileno()).st_nlink == 0:
                 continue
@@ -79,9 +80,7 @@ def recover_journals(folder: LogFolder, deletions: Deletions | None = None) -> i
                     _write(folder, path, rows, spans)
                 found += len(rows)
             path.unlink()
-    for path in (control_folder(folder) / _JOURNALS).glob(
-        f"*{_UNNAMED}"
-    ):  # of writers killed at birth: no rows
+    for path in journals.glob(f"*{_UNNAMED}"):  # of writers killed at birth: no rows
         with suppress(FileNotFoundError), path.open("rb") as file:
             if _lock(file.fileno()):
                 path.unlink()
