@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
-from tokenizers import Regex, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +31,7 @@ from transformers import (
 
 from export.recipe import Shape
 from llm4es.errors import ConfigError
+from llm4es.words import split_at
 
 __all__ = [
     "BEGIN",
@@ -76,22 +76,15 @@ class Pretrained:
 def train_tokenizer(
     lines: Iterable[str], header: str, *, separators: str, vocabulary: int
 ) -> Tokenizer:
-    """Train a byte-level BPE that splits only at the separators of rendered text.
+    """Train a byte-level BPE that splits only at the separators of rendered text (`split_at`).
 
-    `separators` is a pattern of them (`Renderer.separators`): a separator goes with the value
-    behind it, so that most values are one token. The terminator stays a token of its own: what it
-    surprises by belongs to no field.
+    The terminator stays a token of its own: what it surprises by belongs to no field.
 
     Lossless for any text: every byte is in its alphabet. The header is repeated until its
     labels are as common as the commonest words. One special token, BEGIN, has id 0.
     """
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = PreTokenizers(
-        [
-            Split(Regex(rf"{separators}|\n"), behavior="merged_with_next"),
-            ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = split_at(separators)
     tokenizer.decoder = ByteLevelDecoder()
     texts = list(lines)
     trainer = BpeTrainer(

@@ -14,10 +14,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from llm4es.bundle import Bundle, Manifest, Pooling, Training
 from llm4es.deletion import Tombstone
@@ -28,6 +27,7 @@ from llm4es.rendering import Renderer, RenderingSpec
 from llm4es.schema import EventSchema
 from llm4es.tokens import ChapterTokenizer
 from llm4es.windows import FinishedChapter, Window, WindowPolicy, visible_chapters
+from llm4es.words import split_at
 
 __all__ = [
     "Boundaries",
@@ -50,11 +50,11 @@ def byte_tokenizer(separators: str | None = None) -> Tokenizer:
     """
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    letters = ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = letters
-    if separators is not None:
-        split = Split(Regex(rf"{separators}|\n"), behavior="merged_with_next")
-        tokenizer.pre_tokenizer = PreTokenizers([split, letters])
+    tokenizer.pre_tokenizer = (
+        ByteLevel(add_prefix_space=False, use_regex=False)
+        if separators is None
+        else split_at(separators)
+    )
     return tokenizer
 
 

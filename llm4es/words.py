@@ -10,9 +10,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
-__all__ = ["WordIds", "word_starts"]
+__all__ = ["WordIds", "split_at", "word_starts"]
 
 _CACHED_WORDS = 65_536
 # What looks at a text's ends, or at what is not there: alone a word would be split otherwise.
@@ -57,8 +59,23 @@ class WordIds:
         return tuple(encoding.ids), tuple(start for start, _ in encoding.offsets)
 
 
+def split_at(separators: str) -> PreTokenizer:
+    """Make what splits lines for a tokenizer of our own.
+
+    `separators` is a pattern of them (`Renderer.separators`): a separator goes with the value
+    behind it, so that most values are one word. The terminator stays a word of its own.
+    """
+    pattern = Regex(rf"{separators}|\n")
+    return PreTokenizers(
+        [
+            Split(pattern, behavior="merged_with_next"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
 def word_starts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Give the pattern that words begin with, as `export.models.train_tokenizer` sets it.
+    """Give the pattern that words begin with, where a tokenizer splits as `split_at` has it.
 
     None for a tokenizer that joins words, changes text before it splits it, or splits by more
     than one pattern: its ids cannot be put together.
