@@ -36,11 +36,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from benchmarks.stream_parts import make_bundle
 from benchmarks.stream_path import (
     Bench,
     apply,
     folded,
-    make_bundle,
     make_repo,
     produce,
     start,

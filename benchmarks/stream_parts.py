@@ -1,9 +1,12 @@
-"""What the stream benchmark is made of: a bundle without a model, card payments, a feature repo."""
+"""What the stream benchmarks are made of: card payments, and bundles with and without a model."""
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +18,7 @@ from llm4es.schema import load_schema
 from llm4es.testing import modelless_bundle
 from llm4es.windows import FinishedChapter, Window, WindowPolicy, visible_chapters
 
-__all__ = ["SCHEMA", "CountEmbedder", "bench_bundle", "documents", "make_records"]
+__all__ = ["SCHEMA", "CountEmbedder", "bench_bundle", "documents", "make_bundle", "make_records"]
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 PARTITIONS = 4
@@ -73,6 +76,18 @@ def make_records(count: int, customers: int) -> list[Record]:
         )
         offsets[partition] += 1
     return records
+
+
+def make_bundle(folder: Path) -> tuple[Path, Path]:
+    """Simulated payments, and a small domain model trained on them for an epoch."""
+    events, bundle = folder / "payments/events.jsonl", folder / "bundle"
+    for arguments in (
+        ["simulate", "--out", str(events.parent), "--customers", "300", "--days", "60"],
+        ["quickstart", "--events", str(events), "--schema", str(events.with_name("schema.yaml")),
+         "--entity", "customer", "--epochs", "1", "--out", str(bundle)],
+    ):  # fmt: skip
+        subprocess.run([sys.executable, "-m", "export", *arguments], check=True, stdout=sys.stderr)
+    return bundle, events
 
 
 class CountEmbedder:

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from benchmarks.stream_parts import bench_bundle, documents
+from benchmarks.stream_parts import bench_bundle, documents, make_bundle
 from dev.servers import KafkaServer, RedisServer, create_topic, wait_until
 from llm4es.bundle import load_bundle
 from llm4es.feast import define
@@ -273,18 +273,6 @@ def apply(repo: Path, bundle: Path, topic: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         FeatureStore(repo_path=str(repo)).apply(list(definitions.objects))
-
-
-def make_bundle(folder: Path) -> tuple[Path, Path]:
-    """Simulated payments, and a small domain model trained on them for an epoch."""
-    events, bundle = folder / "payments/events.jsonl", folder / "bundle"
-    for arguments in (
-        ["simulate", "--out", str(events.parent), "--customers", "300", "--days", "60"],
-        ["quickstart", "--events", str(events), "--schema", str(events.with_name("schema.yaml")),
-         "--entity", "customer", "--epochs", "1", "--out", str(bundle)],
-    ):  # fmt: skip
-        subprocess.run([sys.executable, "-m", "export", *arguments], check=True, stdout=sys.stderr)
-    return bundle, events
 
 
 def folded(redis: RedisServer, bundle_id: str, topic: str) -> int:

