@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from export.commands.precision import Cache, Precision
 from export.corpus import read_log
 from export.judging import Rows, compare, furthest
 from export.labels import LabelColumns
 from export.pooling import repool
 from export.recipe import load_recipe
 from export.variants import AUC_LOSS, COSINE, KEPT_NEIGHBOURS, Wanted, make_variant
-from llm4es.bundle import Bundle, load_bundle
+from llm4es.bundle import Bundle, CachePrecision, ComputePrecision, load_bundle
 from llm4es.engine import OnnxEmbedder, open_embedder
 from llm4es.engine.kv_cache import ChapterCache
 from llm4es.engine.opening import open_graph
@@ -210,6 +211,12 @@ def test_a_variant_is_no_origin_and_is_not_written_over(
         make_variant(replace(again, bundle=variant.folder), QUIET)
     with pytest.raises(ConfigError, match="is there"):
         make_variant(replace(again, out=variant.folder), QUIET)
+
+
+def test_the_command_offers_what_a_manifest_may_say() -> None:
+    """It says so anew: a bundle's module is too slow to import for a page of help."""
+    assert {each.value for each in Precision} == set(get_args(ComputePrecision))
+    assert {each.value for each in Cache} == set(get_args(CachePrecision))
 
 
 def test_the_command_prints_figures_and_refuses_in_one_line(wanted: Wanted, tmp_path: Path) -> None:
