@@ -14,7 +14,7 @@ import hashlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ from torch.jit._trace import TracerWarning
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from export.rotary import Angles, one_operator
+from export.shapes import share_shapes
 from llm4es.bundle import CACHED_GRAPH, PORTABLE_GRAPH, WEIGHTS, Pooling
 from llm4es.errors import LLM4ESError
 
@@ -58,8 +60,10 @@ class _Reading:
 
     attend: Attend
     past: list[Present]
+    ids: torch.Tensor  # (B, L) int64
     past_lengths: torch.Tensor  # (B,) int64
     new_lengths: torch.Tensor  # (B,) int64
+    angles: Angles | None = None
     present: dict[int, Present] = field(default_factory=dict)
 
 
@@ -110,7 +114,7 @@ class ReadingModel(PreTrainedModel):
         # Padding stands where the last token does: no position is one that the model lacks.
         within = torch.minimum(steps, new_lengths[:, None] - 1)
         layers = list(zip(past[::2], past[1::2], strict=True))
-        reading = _Reading(self._attend, layers, past_lengths, new_lengths)
+        reading = _Reading(self._attend, layers, input_ids, past_lengths, new_lengths)
         token = _READING.set(reading)
         try:
             found = self.reader(
@@ -163,8 +167,11 @@ def export_graphs(
     with (folder / WEIGHTS).open("wb") as file:
         weights = SharedWeights(file)
         for name, attend in graphs.items():
-            graph = _trace(model, ReadingModel(model, pooling, attend, surprise=surprise))
+            wrapper = ReadingModel(model, pooling, attend, surprise=surprise)
+            with one_operator(wrapper, _angles) if attend is _fused else nullcontext():
+                graph = _trace(model, wrapper)
             _scrub(graph)
+            share_shapes(graph)
             weights.move(graph)
             onnx.save_model(graph, str(folder / name))
 
@@ -226,7 +233,7 @@ def _in_plain_operators(  # noqa: PLR0917 - of the kind `Attend`
     scale: float,
 ) -> tuple[torch.Tensor, Present]:
     """Attend to pasts of many lengths and to the new tokens; give the new keys and values."""
-    batch, _, tokens, _ = query.shape
+    batch, tokens = reading.ids.shape
     heads, key_heads, width = _fixed(query, key)
     keys, values = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
     old = torch.arange(past[0].shape[2])[None, None, :] < reading.past_lengths[:, None, None]
@@ -253,7 +260,7 @@ def _fused(  # noqa: PLR0917 - of the kind `Attend`
     scale: float,
 ) -> tuple[torch.Tensor, Present]:
     """The same as one operator, that puts new keys and values behind the old ones."""
-    batch, _, tokens, _ = query.shape
+    batch, tokens = reading.ids.shape
     heads, key_heads, width = _fixed(query, key)
     totals = reading.past_lengths + reading.new_lengths
     output, *present = _GroupQueryAttention.apply(
@@ -269,6 +276,14 @@ def _fused(  # noqa: PLR0917 - of the kind `Attend`
         scale,
     )
     return output.reshape(batch, tokens, heads, width), (present[0], present[1])
+
+
+def _angles(cosines: torch.Tensor, sines: torch.Tensor) -> Angles:
+    """Give what all layers turn by, made when the first of them asks."""
+    reading = _READING.get()
+    if reading.angles is None:
+        reading.angles = Angles.of(cosines, sines, reading.ids)
+    return reading.angles
 
 
 def _fixed(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
