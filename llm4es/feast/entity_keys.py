@@ -25,6 +25,6 @@ def entity_keys(helper: Callable[[str], bytes]) -> Callable[[str], bytes]:
 
     def key(entity_id: str) -> bytes:
         encoded = entity_id.encode()
-        return b"".join((head, pack(len(encoded)), encoded, tail))
+        return head + pack(len(encoded)) + encoded + tail
 
     return key if all(key(each) == helper(each) for each in _SAMPLES) else helper

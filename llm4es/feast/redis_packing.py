@@ -63,41 +63,37 @@ class RowPacker:
             nanos = since.microseconds * 1_000
             moment = _seconds(seconds) + encode_nanos(nanos)
             event_id = row.last_event_id.encode()
-            parts = [
-                timestamp,
-                _HEADS[len(moment)],
-                moment,
-                embedding,
-                _vector_head(row.embedding.size),
-                _bytes(row.embedding),
-                surprise,
-                _vector_head(row.surprise.size),
-                _bytes(row.surprise),
-                last,
-                _FLOAT_HEAD,
-                encode_float(row.surprise_last),
-                count,
-                _integer(row.event_count),
-                event,
-                _text_head(len(event_id)),
-                event_id,
-                event_time,
-                _unix_timestamp(int(row.last_event_time.timestamp())),
-                bundle,
-                _text(row.bundle_id),
-            ]
+            vector, more = row.embedding, row.surprise
+            joined = b"".join(
+                (
+                    timestamp,
+                    _HEADS[len(moment)],
+                    moment,
+                    _vector_head(embedding, vector.size),
+                    vector.tobytes() if vector.dtype is _FLOATS else _converted(vector),
+                    _vector_head(surprise, more.size),
+                    more.tobytes() if more.dtype is _FLOATS else _converted(more),
+                    last,
+                    _FLOAT_HEAD,
+                    encode_float(row.surprise_last),
+                    _integer(count, row.event_count),
+                    _text_head(event, len(event_id)),
+                    event_id,
+                    _unix_timestamp(event_time, int(row.last_event_time.timestamp())),
+                    _text(bundle, row.bundle_id),
+                )
+            )
             if key is not None:
                 entity_id = row.entity_id.encode()
-                parts += (key, _text_head(len(entity_id)), entity_id)
-            joined = b"".join(parts)
+                joined += _text_head(key, len(entity_id)) + entity_id
             guards.append(_GUARD.pack(_U64, seconds, _U32, nanos, _U32, at))
             packed.append(joined)
             at += len(joined)
         return b"".join(guards), b"".join(packed)
 
 
-def _bytes(vector: NDArray[np.float32]) -> bytes:
-    return (vector if vector.dtype is _FLOATS else vector.astype(_FLOATS)).tobytes()
+def _converted(vector: NDArray[np.float32]) -> bytes:
+    return vector.astype(_FLOATS).tobytes()
 
 
 def _head(length: int) -> bytes:
@@ -117,29 +113,32 @@ _FLOAT_HEAD = _head(len(encode_float(0)))
 _seconds = lru_cache(maxsize=4096)(encode_seconds)
 
 
+# Each of these gives a field's name, too: what stands before it is the same in every row.
+
+
 @lru_cache(maxsize=64)
-def _vector_head(size: int) -> bytes:
-    """What stands between a vector's name and its numbers."""
+def _vector_head(name: bytes, size: int) -> bytes:
+    """What stands in front of a vector's numbers."""
     header = vector_header(4 * size)
-    return _head(len(header) + 4 * size) + header
+    return name + _head(len(header) + 4 * size) + header
 
 
 @lru_cache(maxsize=4096)
-def _text_head(size: int) -> bytes:
+def _text_head(name: bytes, size: int) -> bytes:
     header = text_header(size)
-    return _head(len(header) + size) + header
+    return name + _head(len(header) + size) + header
 
 
 @lru_cache(maxsize=64)
-def _text(text: str) -> bytes:
-    return _string(encode_text(text))
+def _text(name: bytes, text: str) -> bytes:
+    return name + _string(encode_text(text))
 
 
 @lru_cache(maxsize=4096)
-def _integer(number: int) -> bytes:
-    return _string(encode_integer(number))
+def _integer(name: bytes, number: int) -> bytes:
+    return name + _string(encode_integer(number))
 
 
 @lru_cache(maxsize=4096)
-def _unix_timestamp(seconds: int) -> bytes:
-    return _string(encode_unix_timestamp(seconds))
+def _unix_timestamp(name: bytes, seconds: int) -> bytes:
+    return name + _string(encode_unix_timestamp(seconds))

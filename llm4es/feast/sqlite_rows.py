@@ -15,9 +15,10 @@ The write-ahead log with synchronous=NORMAL survives a kill; `sync` makes it sur
 import math
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ from feast.protos.feast.types.Value_pb2 import Value
 
 from llm4es.deletion import Tombstone
 from llm4es.errors import ConfigError, SinkRejected, SinkUnavailable, StoreLost
+from llm4es.events import EPOCH
 from llm4es.feast.entity_keys import entity_keys
-from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_row
+from llm4es.feast.online import NO_MARKS, Marks, ViewTarget, encode_integer, encode_row
 from llm4es.features import FeatureRow
 
 __all__ = ["SqliteRows", "translate_sqlite_error"]
@@ -239,8 +241,8 @@ class SqliteRows:
 
     def _table_rows(
         self, key: bytes, row: FeatureRow
-    ) -> Iterable[tuple[bytes, str, bytes, str | None, int]]:
-        second = _feast_second(row.as_of)
+    ) -> list[tuple[bytes, str, bytes, str | None, int]]:
+        name, exact, second = _exact(row.as_of)
         texts = {  # as Feast's `extract_text_and_num` gives them
             "surprise_last": str(float(np.float32(row.surprise_last))),
             "event_count": str(row.event_count),
@@ -248,10 +250,12 @@ class SqliteRows:
             "bundle_id": row.bundle_id,
             self._target.join_key: row.entity_id,
         }
-        for name, value in encode_row(row, self._target).items():
-            yield key, name, value, texts.get(name), second
-        name, exact, _ = _exact(row.as_of)
-        yield key, name, exact, None, second
+        table_rows = [
+            (key, feature, value, texts.get(feature), second)
+            for feature, value in encode_row(row, self._target).items()
+        ]
+        table_rows.append((key, name, exact, None, second))
+        return table_rows
 
 
 def _no_table(path: Path, target: ViewTarget) -> ConfigError:
@@ -272,26 +276,28 @@ def translate_sqlite_error(error: Exception) -> SinkUnavailable | SinkRejected:
 
 def _exact(as_of: datetime) -> tuple[str, bytes, int]:
     """Name, value and second of the table row that has the exact timestamp."""
-    value: bytes = Value(int64_val=_microseconds(as_of)).SerializeToString()
-    return _EXACT, value, _feast_second(as_of)
+    moment = _microseconds(as_of)
+    return _EXACT, encode_integer(moment), _feast_second(moment // _MILLION)
 
 
 def _reconcile(second: int, exact: bytes | None) -> int:
     if exact is not None:
         ours: int = Value.FromString(exact).int64_val
-        if _feast_second(_moment(ours)) == second:
+        if _feast_second(ours // _MILLION) == second:
             return ours
     naive = datetime.fromtimestamp(second)  # noqa: DTZ006 - as Feast's converter reads it
     return _microseconds(naive.replace(tzinfo=UTC))
 
 
-def _feast_second(moment: datetime) -> int:
-    """Turn a moment into what Feast's adapter stores: UTC taken for local time."""
-    return int(moment.astimezone(UTC).replace(tzinfo=None).timestamp())
+@lru_cache(maxsize=4096)
+def _feast_second(second: int) -> int:
+    """Turn a second since 1970 into what Feast's adapter stores: UTC taken for local time."""
+    return int(datetime.fromtimestamp(second, UTC).replace(tzinfo=None).timestamp())
 
 
 def _microseconds(moment: datetime) -> int:
-    return round(moment.replace(microsecond=0).timestamp()) * _MILLION + moment.microsecond
+    since = moment - EPOCH
+    return (since.days * 86_400 + since.seconds) * _MILLION + since.microseconds
 
 
 def _moment(microseconds: int) -> datetime:
