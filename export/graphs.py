@@ -32,7 +32,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from export.rotary import Angles, one_operator
-from export.shapes import share_shapes
+from export.shapes import join_reshapes, share_shapes
 from llm4es.bundle import CACHED_GRAPH, PORTABLE_GRAPH, WEIGHTS, Pooling
 from llm4es.errors import LLM4ESError
 
@@ -172,6 +172,7 @@ def export_graphs(
                 graph = _trace(model, wrapper)
             _scrub(graph)
             share_shapes(graph)
+            join_reshapes(graph)
             weights.move(graph)
             onnx.save_model(graph, str(folder / name))
 

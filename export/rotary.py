@@ -22,6 +22,7 @@ _Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 class Angles(NamedTuple):
     """Cosines and sines of every token, as the operator wants them."""
 
+    ids: torch.Tensor  # (B, L)
     places: torch.Tensor  # (B, L) int64, rows of the two below
     cosines: torch.Tensor  # (B * L, D / 2)
     sines: torch.Tensor
@@ -33,7 +34,7 @@ class Angles(NamedTuple):
         half = int(cosines.shape[-1]) // 2
         places = torch.arange(batch * tokens).reshape(batch, tokens)
         return cls(
-            places, cosines[..., :half].reshape(-1, half), sines[..., :half].reshape(-1, half)
+            ids, places, cosines[..., :half].reshape(-1, half), sines[..., :half].reshape(-1, half)
         )
 
 
@@ -78,9 +79,9 @@ def _by_operator(
 def _turned(states: torch.Tensor, angles: Angles) -> torch.Tensor:
     """Turn states (B, H, L, D), which the operator wants as (B, L, H * D)."""
     heads, width = int(states.shape[1]), int(states.shape[3])
-    batch, tokens = angles.places.shape
+    batch, tokens = angles.ids.shape
     rows = states.transpose(1, 2).reshape(batch, tokens, heads * width)
-    turned: torch.Tensor = _RotaryEmbedding.apply(rows, *angles)
+    turned: torch.Tensor = _RotaryEmbedding.apply(rows, angles.places, angles.cosines, angles.sines)
     return turned.reshape(batch, tokens, heads, width).transpose(1, 2)
 
 
