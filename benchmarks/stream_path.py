@@ -12,6 +12,7 @@ from the simulator. Medians of interleaved repeats.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -158,6 +159,7 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     if bundle is None or events is None:
         bundle, events = make_bundle(bench.folder / "model")
     apply(bench.repo, bundle, "full")
+    os.sync()  # what the loops before have written is not to be waited for here
     lines = events.read_text().splitlines()
     bench.topics("full")
     produce(bench, "full", lines, "customer_id")
@@ -170,6 +172,7 @@ def _freshness(bench: Bench, bundle: Path | None, events: Path | None) -> tuple[
     console.print(f"domain model, {SMALL_BATCH} at once: {rate:,.0f} events/s")
     bench.topics("half")
     _forget(bench)
+    os.sync()
     order = bench.order("half", len(lines), "half")
     order["settings"] |= {"bundle": str(bundle), "threads": 1, "poll_timeout_ms": 20}
     order["until_end"] = False
