@@ -10,6 +10,7 @@ Medians of one run, baselines and ours taken in turns. Needs `redis-server`.
     redis_write_vs_push   rows/s in batches of 16 at 384 dimensions: ours over FeatureStore.push
     redis_write_vs_raw    the same over a pipelined HSET of the same bytes, made before
     sqlite_write_vs_push  the same on SQLite over push
+    sqlite_write_vs_raw   the same over an upsert of the same table rows, made before, unchecked
     read_vs_feast         100 entities: seconds of get_online_features over EmbeddingReader's
     read_over_raw         EmbeddingReader's seconds over a pipelined HMGET of the same bytes
 """
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -50,6 +52,7 @@ from llm4es.feast.journal import OfflineJournal
 from llm4es.feast.online import ViewTarget, encode_row, encode_timestamp
 from llm4es.feast.parts import list_parts, rows_to_batch, write_parts
 from llm4es.feast.redis_rows import RedisRows
+from llm4es.feast.sqlite_rows import SqliteRows
 from llm4es.features import FeatureRow
 from tests.feast_parts import make_repo, make_spec
 
@@ -371,17 +374,34 @@ def sqlite(folder: Path) -> tuple[Figures, Figures]:
     repeats = 40
     pushed = frames(spec, repeats + 1)
     ours = [rows(spec, BATCH, step=10_000 + n) for n in range(repeats + 1)]
-    push, write = in_turns(
+    view = store.get_feature_view(sink._target.view.name)  # noqa: SLF001
+    encoder = SqliteRows(ViewTarget(store, view, "customer_id"))
+    again = [[(f"raw-{each.entity_id}", each) for each in batch] for batch in ours]
+    prepared = [
+        list(chain(*(encoder._table_rows(encoder._key(name), each) for name, each in batch)))  # noqa: SLF001
+        for batch in again
+    ]
+    client = encoder._connection  # noqa: SLF001 - with the settings of ours
+
+    def raw_write(number: int) -> None:
+        client.execute("BEGIN IMMEDIATE")
+        client.executemany(encoder._upsert, prepared[number])  # noqa: SLF001
+        client.execute("COMMIT")
+
+    push, write, raw = in_turns(
         [
             lambda n: store.push("push", pushed[n], to=PushMode.ONLINE),
             lambda n: sink.publish(ours[n], reached={EVENTS: n + 1}),
+            raw_write,
         ],
         repeats,
     )
+    encoder.close()
     sink.close()
-    return {"sqlite_write_vs_push": push / write}, {
+    return {"sqlite_write_vs_push": push / write, "sqlite_write_vs_raw": raw / write}, {
         "sqlite_push_rows_s": BATCH / push,
         "sqlite_write_rows_s": BATCH / write,
+        "sqlite_raw_rows_s": BATCH / raw,
     }
 
 
