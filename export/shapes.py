@@ -52,6 +52,7 @@ def join_reshapes(graph: onnx.ModelProto) -> None:
     made = {output: node for node in nodes for output in node.output}
     widths = {one.name: one.dims[1] for one in graph.graph.initializer if len(one.dims) == 2}  # noqa: PLR2004
     sizes = _sizes(graph, made)
+    known: dict[str, bool] = {}
     instead: dict[str, str] = {}
     for node in nodes:
         for number, name in enumerate(node.input):
@@ -64,21 +65,26 @@ def join_reshapes(graph: onnx.ModelProto) -> None:
         elif node.op_type == "Reshape" and (wanted := sizes.get(node.input[1])) is not None:
             if source is not None and source.op_type == "Reshape":
                 node.input[0] = source.input[0]
-            width = _width(node.input[0], made, widths)
+            width = _width(node.input[0], made, widths, known)
             if width is not None and wanted in ((*_NAMES.values(), width), (*_NAMES.values(), -1)):
                 instead[node.output[0]] = node.input[0]
     _prune(graph.graph)
 
 
-def _width(name: str, made: Mapping[str, onnx.NodeProto], widths: Mapping[str, int]) -> int | None:
+def _width(
+    name: str,
+    made: Mapping[str, onnx.NodeProto],
+    widths: Mapping[str, int],
+    known: dict[str, bool],
+) -> int | None:
     """Last size of states (B, L, width), where they are known to be such."""
     node = made.get(name)
     if node is None:
         return None
-    if node.op_type == "MatMul" and _follows(node.input[0], made, {}):
+    if node.op_type == "MatMul" and _follows(node.input[0], made, known):
         return widths.get(node.input[1])
     if node.op_type in _SHAPED_AS_THE_FIRST and name == node.output[0]:
-        return _width(node.input[0], made, widths)
+        return _width(node.input[0], made, widths, known)
     return None
 
 
