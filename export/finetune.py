@@ -1,5 +1,6 @@
 """Training: next-token prediction on chapters, by Hugging Face's Trainer."""
 
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from export.corpus import Corpus, TrainingChapter
@@ -104,7 +106,7 @@ def train(
         trainer.remove_callback(PrinterCallback)  # it talks on stdout, which is for results
         if judged and recipe.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(recipe.patience))
-        begun = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        begun = newest_whole(checkpoints)
         if begun is not None:
             console.print(f"going on from {Path(begun).name}")
         trainer.train(resume_from_checkpoint=begun)
@@ -121,6 +123,22 @@ def train(
         train_loss=train_loss,
         curve=curve,
     )
+
+
+def newest_whole(checkpoints: Path) -> str | None:
+    """Name the newest checkpoint that was written to its end; those torn by a kill are deleted.
+
+    The Trainer writes the state's file last (`Trainer._save_checkpoint`), and not in one step: one
+    that cannot be read is of a kill in the middle of it.
+    """
+    while checkpoints.is_dir() and (newest := get_last_checkpoint(str(checkpoints))) is not None:
+        try:
+            TrainerState.load_from_json(str(Path(newest) / TRAINER_STATE_NAME))
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(newest)
+        else:
+            return newest
+    return None
 
 
 def _refuse_absent(tracker: str | None) -> None:

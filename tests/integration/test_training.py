@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -81,13 +82,22 @@ def test_a_training_that_was_killed_goes_on_and_ends_like_one_that_was_not(
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
     assert not out.exists()
+    tear_another(next(tmp_path.glob(f".killed-training-*/checkpoints/checkpoint-{moment}")))
     done = run(command(sample, recipe, out), timeout_s=200)
     assert done.returncode == 0, done.stderr
     assert "going on from checkpoint-" in done.stderr
+    assert "going on from checkpoint-59" not in done.stderr, "it was never whole"
     resumed = json.loads(done.stdout)
     assert resumed["steps"] == whole["steps"]
     assert resumed["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=0.01)
     assert not list(tmp_path.glob(".killed-*")), "what a training kept is gone with its end"
+
+
+def tear_another(checkpoint: Path) -> None:
+    """Leave what a kill in the middle of the last file's write leaves, newer than all others."""
+    torn = checkpoint.with_name("checkpoint-59")
+    shutil.copytree(checkpoint, torn)
+    (torn / "trainer_state.json").write_text("")
 
 
 def test_adapters_are_merged_and_the_bundle_serves(
