@@ -4,7 +4,9 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["machine"]
+__all__ = ["CORES", "machine"]
+
+CORES = sorted(os.sched_getaffinity(0))  # that may be used
 
 _TOLD = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
@@ -14,7 +16,7 @@ def machine() -> dict[str, object]:
     flags = Path("/proc/cpuinfo")
     words = set(flags.read_text().split()) if flags.is_file() else set()
     return {
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(CORES),
         "architecture": platform.machine(),
         "extensions": [name for name in _TOLD if name in words],
     }

@@ -257,6 +257,7 @@ LOOPS: dict[str, Callable[[Order], Result]] = {
 }
 
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    result = LOOPS[sys.argv[1]](json.loads(sys.argv[2]))
+    told = json.loads(sys.argv[2])
+    os.sched_setaffinity(0, {told["core"]})
+    result = LOOPS[sys.argv[1]](told)
     print(json.dumps(result))  # noqa: T201 - the result

@@ -100,7 +100,10 @@ class RecordSource(Protocol):
         ...
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
-        """Advance the group. Advisory: the windows decide, so a failure is logged, not raised."""
+        """Advance the group, perhaps after returning; `committed` and `close` wait for it.
+
+        Advisory: the windows decide, so a failure is logged, not raised.
+        """
         ...
 
     def seek(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -126,7 +129,7 @@ class RecordSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the group, commit nothing."""
+        """Leave the group; commit no more than `commit` was given."""
         ...
 
 

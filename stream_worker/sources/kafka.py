@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,12 +16,12 @@ from stream_worker.ports import (
     PartitionSpan,
     Timestamps,
 )
+from stream_worker.sources.commits import CALL_MS, GroupCommits
 from stream_worker.sources.kafka_client import (
     ConsumerRebalanceListener,
     KafkaConsumer,
     KafkaError,
     KafkaSettings,
-    OffsetAndMetadata,
     admin,
     connecting,
     kafka_partition,
@@ -35,9 +36,7 @@ log = logging.getLogger(__name__)
 
 _FETCH_BYTES = 16 << 20  # above the largest record, so that one can always be fetched
 _SAMPLE_TIMEOUT_S = 10.0
-# Of one question to the brokers. Without it kafka-python asks for ever, and as its heartbeats go on
-# meanwhile, the whole group would wait for us.
-_CALL_MS = 10_000
+_ANSWER_MS = 5  # within which brokers answer that have something
 _FOREVER_MS = str(2**63 - 1)  # message.timestamp.after.max.ms where nothing is bounded
 
 
@@ -87,6 +86,7 @@ class KafkaRecordSource:
         self._unplaced: set[TopicPartition] = set()
         self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
         self._due: dict[TopicPartition, int] = {}  # offsets that are read next
+        self._commits = GroupCommits()
         with connecting(self._settings):
             self._consumer = KafkaConsumer(
                 **self._consumer_config(), **(group.config if group else {})
@@ -137,16 +137,18 @@ class KafkaRecordSource:
     def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:
         """Records of one fetch; those of a partition come in order of offset."""
         with mapped():
+            self._commits.look(self._consumer)
             coordinator = self._consumer._coordinator  # noqa: SLF001 - see `KafkaGroup`
             if self._join_wait_ms and coordinator.need_rejoin():
                 coordinator.poll(timeout_ms=self._join_wait_ms)
             self._ask_for_the_topic()
-            found = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+            found = self._fetched(max_records, int(timeout_s * 1000))
         self._place_assigned()
+        owned = {TopicPartition(*name) for name in self._consumer.assignment()}
         batches = {
             tp: raws
             for tp, raws in ((TopicPartition(*name), raws) for name, raws in found.items())
-            if tp not in self._unplaced_at_poll
+            if tp in owned - self._unplaced_at_poll
         }
         self._refuse_skipped({tp: raws[0].offset for tp, raws in batches.items()})
         self._due |= {tp: raws[-1].offset + 1 for tp, raws in batches.items()}
@@ -156,25 +158,21 @@ class KafkaRecordSource:
         """Offsets that the group has committed."""
         if self._group is None:
             return {}
+        self._commits.finish(self._consumer)
         with mapped():
             found = {
-                tp: self._consumer.committed(kafka_partition(*tp), timeout_ms=_CALL_MS)
+                tp: self._consumer.committed(kafka_partition(*tp), timeout_ms=CALL_MS)
                 for tp in partitions
             }
         return {tp: offset for tp, offset in found.items() if offset is not None}
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
-        """Commit, or log that it could not be done: the windows decide."""
-        if self._group is None:
-            return
-        offsets = {
-            kafka_partition(*tp): OffsetAndMetadata(offset, "", -1)
-            for tp, offset in next_offsets.items()
-        }
-        try:
-            self._consumer.commit(offsets, timeout_ms=_CALL_MS)
-        except KafkaError as error:
-            log.warning("offsets were not committed (%s); the windows hold them", error)
+        """Send them, and go on: brokers take milliseconds (`group.coordinator.append.linger.ms`).
+
+        What is on its way is waited for by `committed` and `close`.
+        """
+        if self._group is not None:
+            self._commits.send(self._consumer, next_offsets)
 
     def seek(self, positions: Mapping[TopicPartition, int]) -> None:
         """Read on from there, where the partition is still ours."""
@@ -243,8 +241,8 @@ class KafkaRecordSource:
         if not owned:
             return 0 if self._group_owns_all() else None
         with mapped():
-            ends = self._consumer.end_offsets(list(owned), timeout_ms=_CALL_MS)
-            reached = {tp: self._consumer.position(tp, timeout_ms=_CALL_MS) for tp in ends}
+            ends = self._consumer.end_offsets(list(owned), timeout_ms=CALL_MS)
+            reached = {tp: self._consumer.position(tp, timeout_ms=CALL_MS) for tp in ends}
         if None in reached.values():  # it was not found in time
             return None
         self._refuse_skipped({TopicPartition(*tp): at for tp, at in reached.items()})
@@ -252,10 +250,30 @@ class KafkaRecordSource:
 
     def close(self) -> None:
         """Leave the group."""
+        self._commits.finish(self._consumer)
         try:
             self._consumer.close(autocommit=False)
         except KafkaError as error:
             log.warning("the group was not left in order (%s); it will notice", error)
+
+    def _fetched(self, max_records: int, timeout_ms: int) -> dict[Any, list[Any]]:
+        """What is here already and what the brokers have besides, or else what comes in time.
+
+        kafka-python asks for more of a partition when it has given all that it had. What came
+        while a batch was worked on would have to wait until the next one is done too.
+        """
+        if self._group is not None and self._consumer._coordinator.need_rejoin():  # noqa: SLF001
+            return dict(self._consumer.poll(timeout_ms=timeout_ms, max_records=max_records))
+        found = dict(self._consumer.poll(timeout_ms=0, max_records=max_records))
+        if not found:
+            return dict(self._consumer.poll(timeout_ms=timeout_ms, max_records=max_records))
+        room = max_records - sum(map(len, found.values()))
+        if room > 0 and timeout_ms > 0:
+            with suppress(KafkaError):  # what was found must not be lost; it comes up again
+                more = self._consumer.poll(timeout_ms=min(timeout_ms, _ANSWER_MS), max_records=room)
+                for partition, raws in more.items():
+                    found[partition] = [*found.get(partition, ()), *raws]
+        return found
 
     def _place_assigned(self) -> None:
         """Tell the listener of rebalances since the last poll, and go where it says."""
@@ -267,6 +285,7 @@ class KafkaRecordSource:
         if revoked:
             for tp in revoked:
                 self._due.pop(tp, None)
+            self._commits.forget(revoked)
             self._listener.revoked(sorted(revoked))
         if self._unplaced:
             self.seek(self._listener.assigned(sorted(self._unplaced)))
@@ -307,7 +326,7 @@ class KafkaRecordSource:
         if not gaps:
             return
         with mapped():
-            firsts = self._consumer.beginning_offsets(gaps, timeout_ms=_CALL_MS)
+            firsts = self._consumer.beginning_offsets(gaps, timeout_ms=CALL_MS)
         for partition, first in firsts.items():
             due = self._due[TopicPartition(*partition)]
             if first > due:
@@ -332,8 +351,8 @@ class KafkaRecordSource:
     def _spans(self, partitions: Sequence[int]) -> dict[int, PartitionSpan]:
         asked = [kafka_partition(self._topic, partition) for partition in partitions]
         with mapped():
-            firsts = self._consumer.beginning_offsets(asked, timeout_ms=_CALL_MS)
-            ends = self._consumer.end_offsets(asked, timeout_ms=_CALL_MS)
+            firsts = self._consumer.beginning_offsets(asked, timeout_ms=CALL_MS)
+            ends = self._consumer.end_offsets(asked, timeout_ms=CALL_MS)
         return {tp.partition: PartitionSpan(firsts[tp], ends[tp]) for tp in asked}
 
     def _read_tail(self, reader: "KafkaConsumer", count: int) -> list[Record]:

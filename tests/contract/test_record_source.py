@@ -185,6 +185,32 @@ def test_a_group_takes_its_committed_offsets_across_a_restart(
     second.close()
 
 
+def test_a_commit_reaches_the_group_while_the_worker_goes_on(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    make_topics(kafka_server, unique)
+    produce(kafka_server, unique, [(b"c1", b"{}")] * 3)
+    settings = KafkaSettings(bootstrap_servers=kafka_server.bootstrap_servers)
+    worker = KafkaRecordSource(settings, unique, KafkaGroup(unique))
+    other = KafkaRecordSource(settings, unique, KafkaGroup(unique))
+    worker.subscribe(Starts())
+    tp = drain(worker, 3)[0].topic_partition
+    worker.commit({tp: 1})
+    # By itself, without another call.
+    assert wait_until(lambda: other.committed([tp]) == {tp: 1}, timeout_s=30)
+    worker.commit({tp: 2})
+    worker.commit({tp: 3})  # waits for the one before, and is sent by what comes next
+    assert wait_until(
+        lambda: not worker.poll(1, 0.01) and other.committed([tp]) == {tp: 3}, timeout_s=30
+    )
+    worker.commit({tp: 2})
+    assert worker.committed([tp]) == {tp: 2}, "it knows what it has said itself"
+    worker.commit({tp: 3})
+    worker.close()
+    assert other.committed([tp]) == {tp: 3}
+    other.close()
+
+
 def test_a_sample_gives_the_newest_records_and_moves_nothing(
     kafka_server: KafkaServer, unique: str
 ) -> None:
