@@ -42,7 +42,7 @@ from llm4es.feast.definitions import FIELDS, TIMESTAMP_FIELD
 from llm4es.feast.deletions import Deletions, pending_deletions
 from llm4es.feast.journal import OfflineJournal, recover_journals
 from llm4es.feast.offline_log import LogOfflineStore, rewrite_deleted
-from llm4es.feast.parts import ensure_log, list_parts, log_schema, rows_to_batch
+from llm4es.feast.parts import day_folder, ensure_log, list_parts, log_schema, rows_to_batch
 from llm4es.features import FeatureRow, view_name
 from tests.feast_parts import (
     BUNDLE_ID,
@@ -249,6 +249,26 @@ def test_rows_are_rolled_by_count_and_by_time_without_being_asked(
     with journal(log, **when) as opened:
         opened.append([one(spec, n) for n in range(5)])
         assert wait_until(lambda: len(event_ids(log)) == 5, timeout_s=60)
+
+
+def test_a_writer_that_is_ahead_of_its_parts_waits_and_is_refused_while_none_can_be_written(
+    log: Path, spec: ViewSpec
+) -> None:
+    with journal(log, roll_rows=1) as opened:
+        for number in range(12):
+            opened.append([one(spec, number)])
+            assert len(list((log / "_journal").glob("*.journal"))) <= 5
+        opened.roll()
+        day = day_folder(log, NOON.date())
+        moved = day.rename(log / ".moved")
+        day.write_bytes(b"")  # no folder: no part can be written
+        for number in range(12, 16):
+            opened.append([one(spec, number)])
+        with pytest.raises(SinkUnavailable):
+            opened.append([one(spec, 16)])
+        day.unlink()
+        moved.rename(day)
+    assert event_ids(log) == sorted(f"e{number}" for number in range(16))
 
 
 @contextmanager
