@@ -11,6 +11,7 @@ Medians of one run, baselines and ours taken in turns. Needs `redis-server`.
     redis_write_vs_raw    the same over a pipelined HSET of the same bytes, made before
     sqlite_write_vs_push  the same on SQLite over push
     sqlite_write_vs_raw   the same over an upsert of the same table rows, made before, unchecked
+    ..._push_of_20        both again, in a repository of 20 more views: push reads all it has
     read_vs_feast         100 entities: seconds of get_online_features over EmbeddingReader's
     read_over_raw         EmbeddingReader's seconds over a pipelined HMGET of the same bytes
 """
@@ -62,6 +63,7 @@ OURS = "llm4es.feast.offline_log.LogOfflineStore"
 BATCH, READ = 16, 100
 FLUSHES, FLUSHED_ROWS, ENDS = 1_000, 200, 50
 JOIN_DIM = 64
+OTHERS = 20  # views of others
 EVENTS = TopicPartition("events", 0)  # of the marks that a worker's writes leave
 
 console = Console(stderr=True)
@@ -271,6 +273,30 @@ def online_world(folder: Path, redis_url: str | None) -> tuple[FeatureStore, Vie
     return store, spec
 
 
+def among_others(
+    store: FeatureStore, spec: ViewSpec, write: Callable[[int], object], name: str
+) -> Figures:
+    """Rows/s of our writes over push's, where the repository has views of others too."""
+    (ours,) = store.list_feature_views()
+    entity = store.get_entity(ours.entities[0])
+    store.apply(
+        [
+            FeatureView(
+                name=f"other_{number}",
+                entities=[entity],
+                schema=ours.schema,
+                source=ours.batch_source,
+            )
+            for number in range(OTHERS)
+        ]
+    )
+    pushed = frames(spec, 31)
+    push, written = in_turns(
+        [lambda n: store.push("push", pushed[n], to=PushMode.ONLINE), write], len(pushed) - 1
+    )
+    return {f"{name}_write_vs_push_of_{OTHERS}": push / written}
+
+
 def frames(spec: ViewSpec, count: int) -> list[pd.DataFrame]:
     """Batches for `push`, as data frames."""
     found = []
@@ -312,6 +338,8 @@ def redis(folder: Path) -> tuple[Figures, Figures]:
             ],
             repeats,
         )
+        later = [rows(spec, BATCH, step=15_000 + n) for n in range(repeats)]
+        others = among_others(store, spec, lambda n: sink.publish(later[n]), "redis")
         there = rows(spec, READ, step=20_000)
         sink.publish(there)
         found = reads(store, [each.entity_id for each in there], client)
@@ -319,7 +347,8 @@ def redis(folder: Path) -> tuple[Figures, Figures]:
         encoder.close()
         sink.close()
     read_ratios, read_figures = found
-    return {"redis_write_vs_push": push / write, "redis_write_vs_raw": raw / write} | read_ratios, {
+    ratios = {"redis_write_vs_push": push / write, "redis_write_vs_raw": raw / write}
+    return ratios | others | read_ratios, {
         "redis_push_rows_s": BATCH / push,
         "redis_write_rows_s": BATCH / write,
         "redis_raw_rows_s": BATCH / raw,
@@ -396,9 +425,11 @@ def sqlite(folder: Path) -> tuple[Figures, Figures]:
         ],
         repeats,
     )
+    later = [rows(spec, BATCH, step=15_000 + n) for n in range(repeats)]
+    others = among_others(store, spec, lambda n: sink.publish(later[n]), "sqlite")
     encoder.close()
     sink.close()
-    return {"sqlite_write_vs_push": push / write, "sqlite_write_vs_raw": raw / write}, {
+    return {"sqlite_write_vs_push": push / write, "sqlite_write_vs_raw": raw / write} | others, {
         "sqlite_push_rows_s": BATCH / push,
         "sqlite_write_rows_s": BATCH / write,
         "sqlite_raw_rows_s": BATCH / raw,
