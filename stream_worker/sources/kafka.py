@@ -139,6 +139,10 @@ class KafkaRecordSource:
         with mapped():
             self._commits.look(self._consumer)
             coordinator = self._consumer._coordinator  # noqa: SLF001 - see `KafkaGroup`
+            if coordinator.rejoining and not coordinator.need_rejoin():
+                # A join that was begun because topics had changed, and ended between two polls: it
+                # is forgotten too, but nothing says so, and the member would own nothing for ever.
+                coordinator.request_rejoin()
             if self._join_wait_ms and coordinator.need_rejoin():
                 coordinator.poll(timeout_ms=self._join_wait_ms)
             self._ask_for_the_topic()

@@ -325,6 +325,22 @@ def test_a_static_member_that_restarts_gets_its_partitions_back(
             member.leave()
 
 
+def test_members_that_do_not_know_a_new_topic_yet_come_to_own_it(
+    kafka_server: KafkaServer, unique: str
+) -> None:
+    """A join begun for new topics may end between two polls, where kafka-python forgets it."""
+    for number in range(5):
+        topic = f"{unique}-{number}"
+        make_topics(kafka_server, topic)
+        members = [Member(kafka_server, topic, f"w{number}") for number in range(2)]
+        try:
+            for each in members:
+                assert wait_until(lambda each=each: len(each.starts.seen) == 2, timeout_s=60)  # type: ignore[misc]
+        finally:
+            for member in members:
+                member.leave()
+
+
 def test_a_kafka_that_is_not_there_is_unavailable() -> None:
     settings = KafkaSettings(bootstrap_servers="127.0.0.1:1", bootstrap_timeout_ms=500)
     with pytest.raises(SourceUnavailable, match="bootstrap_servers"):
