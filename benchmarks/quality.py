@@ -161,6 +161,7 @@ def ratings(places: Places) -> dict[str, float]:
                 choices=choices,
                 repeats=repeats,
                 resamples=200,
+                curves=False,
                 threads=places.threads,
             )
         )
@@ -208,6 +209,7 @@ def fraud(places: Places) -> dict[str, float]:
                 inclusive=inclusive,
                 choices=choices,
                 resamples=200,
+                curves=False,
                 threads=places.threads,
             ),
             remembered,

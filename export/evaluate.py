@@ -77,7 +77,8 @@ class Request:
     """What to evaluate, on what, and how hard to look.
 
     `beside` are views of other entities, judged alone and together with the first. `choices` are
-    the names of the features that are scored; all, without it.
+    the names of the features that are scored; all, without it. `curves` learns from ever more
+    entities, too.
     """
 
     bundle: Path
@@ -94,6 +95,7 @@ class Request:
     choices: tuple[str, ...] | None = None
     coles: bool = False
     resamples: int = 1000
+    curves: bool = True
     seed: int = 42
     threads: int = 1
 
@@ -195,7 +197,7 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
         shuffled = shuffled_aucs(task, by_name[EMBEDDING], threads=request.threads)
         sizes = {
             name: _by_size(task, by_name[name], judge, request.threads)
-            for name in (EMBEDDING, AGGREGATES)
+            for name in ((EMBEDDING, AGGREGATES) if request.curves else ())
         }
     return Evaluated(
         bundle=scene.bundle,
