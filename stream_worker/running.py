@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _REFRESH_S = 0.5
 _YOUNG = 5_000  # objects: some milliseconds
+_ROUNDS = 10  # until those that have stayed are looked through once more, and then left alone
 _NEVER = 1 << 30
 _LOOK_S = 3600.0
 
@@ -78,7 +79,7 @@ def relax_gc() -> Callable[[], None]:
     long as a hundred of them take. What is given looks through everything, once an hour.
     """
     gc.freeze()
-    gc.set_threshold(_YOUNG, _NEVER, _NEVER)
+    gc.set_threshold(_YOUNG, _ROUNDS, _NEVER)
     looked = time.monotonic()
 
     def look_through_all() -> None:

@@ -49,7 +49,7 @@ class GroupCommits:
                 self._done(offsets)
             else:
                 _warn_of_offsets(future.exception)
-        if self._waiting:
+        if self._waiting and self._open:
             self._waiting = False
             offsets = dict(self._open)
             try:
