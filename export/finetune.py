@@ -131,7 +131,10 @@ def newest_whole(checkpoints: Path) -> str | None:
     The Trainer writes the state's file last (`Trainer._save_checkpoint`), and not in one step: one
     that cannot be read is of a kill in the middle of it.
     """
-    while checkpoints.is_dir() and (newest := get_last_checkpoint(str(checkpoints))) is not None:
+    while checkpoints.is_dir():
+        newest: str | None = get_last_checkpoint(str(checkpoints))
+        if newest is None:
+            break
         try:
             TrainerState.load_from_json(str(Path(newest) / TRAINER_STATE_NAME))
         except (FileNotFoundError, ValueError):

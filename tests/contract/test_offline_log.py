@@ -259,7 +259,7 @@ def test_a_writer_that_is_ahead_of_its_parts_waits_and_is_refused_while_none_can
             opened.append([one(spec, number)])
             assert len(list((log / "_journal").glob("*.journal"))) <= 5
         opened.roll()
-        day = day_folder(log, NOON.date())
+        day = Path(str(day_folder(log, NOON.date())))
         moved = day.rename(log / ".moved")
         day.write_bytes(b"")  # no folder: no part can be written
         for number in range(12, 16):
