@@ -290,18 +290,19 @@ def among_others(
             for number in range(OTHERS)
         ]
     )
-    pushed = frames(spec, 31)
+    pushed = frames(spec, 31, first=1_000)
     push, written = in_turns(
         [lambda n: store.push("push", pushed[n], to=PushMode.ONLINE), write], len(pushed) - 1
     )
     return {f"{name}_write_vs_push_of_{OTHERS}": push / written}
 
 
-def frames(spec: ViewSpec, count: int) -> list[pd.DataFrame]:
-    """Batches for `push`, as data frames."""
+def frames(spec: ViewSpec, count: int, *, first: int = 0) -> list[pd.DataFrame]:
+    """Batches for `push`, as data frames, of entities of its own: it leaves out what is not new."""
     found = []
-    for number in range(count):
+    for number in range(first, first + count):
         frame = rows_to_batch(rows(spec, BATCH, step=number), "customer_id").to_pandas()
+        frame["customer_id"] = "pushed-" + frame["customer_id"]
         frame["event_timestamp"] = frame["event_timestamp"].astype("datetime64[ns, UTC]")
         found.append(frame)
     return found

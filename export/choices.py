@@ -135,10 +135,10 @@ def build_choices(
         recency = recency_frequency(histories, asked)
     vectors = embeddings.vectors
     ours = [(EMBEDDING, [vectors])]
-    view = [vectors]
-    if SumsLayout(scene.bundle).columns:
-        surprise = np.column_stack([embeddings.surprise, embeddings.surprise_last])
-        view = [vectors, surprise]
+    surprised = bool(SumsLayout(scene.bundle).columns)
+    surprise = np.column_stack([embeddings.surprise, embeddings.surprise_last])
+    view = [vectors, surprise] if surprised else [vectors]
+    if surprised:
         ours += [
             (SURPRISE, [surprise]),
             (f"{EMBEDDING} + {SURPRISE}", [vectors, surprise]),
@@ -148,8 +148,8 @@ def build_choices(
     for entity, found in beside.items():
         other = [found.vectors, found.surprise, found.surprise_last[:, None]]
         ours += [(f"{entity} view", other), (f"both views ({entity})", [*view, *other])]
-        if len(view) > 1:  # a few columns that say nearly as much as the first view's thousands
-            ours.append((f"{SURPRISE} + {entity} view", [view[1], *other]))
+        if surprised:
+            ours.append((f"{SURPRISE} + {entity} view", [surprise, *other]))
     theirs = [(AGGREGATES, aggregates), (_RECENCY, recency), (TOKEN_BAG, embeddings.token_bag)]
     if scene.coles_seed is not None:
         theirs.append((_COLES, _coles(scene, scene.coles_seed)))

@@ -106,7 +106,7 @@ def train(
         trainer.remove_callback(PrinterCallback)  # it talks on stdout, which is for results
         if judged and recipe.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(recipe.patience))
-        begun = newest_whole(checkpoints)
+        begun = _newest_whole(checkpoints)
         if begun is not None:
             console.print(f"going on from {Path(begun).name}")
         trainer.train(resume_from_checkpoint=begun)
@@ -125,7 +125,7 @@ def train(
     )
 
 
-def newest_whole(checkpoints: Path) -> str | None:
+def _newest_whole(checkpoints: Path) -> str | None:
     """Name the newest checkpoint that was written to its end; those torn by a kill are deleted.
 
     The Trainer writes the state's file last (`Trainer._save_checkpoint`), and not in one step: one

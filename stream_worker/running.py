@@ -24,24 +24,15 @@ __all__ = ["relax_gc", "run_worker", "summary_table"]
 log = logging.getLogger(__name__)
 
 _REFRESH_S = 0.5
-_YOUNG = 5_000  # objects: some milliseconds
-_ROUNDS = 10  # until those that have stayed are looked through once more, and then left alone
-_NEVER = 1 << 30
-_LOOK_S = 3600.0
 
 
 def run_worker(settings: WorkerSettings, *, live: bool, as_json: bool) -> None:
     """Run until SIGTERM, SIGINT or the log's end; print what was done to stdout."""
     started = time.monotonic()
     with assembled(settings) as parts:
-        look_through_all = relax_gc()
+        relax_gc()
         log.info("ready")
-        with stopping_on_signals(parts.worker.stop), _display(parts, live=live) as show:
-
-            def on_batch() -> None:
-                show()
-                look_through_all()
-
+        with stopping_on_signals(parts.worker.stop), _display(parts, live=live) as on_batch:
             parts.worker.run(on_batch)
         summary = parts.parts.metrics.summary()
     elapsed_s = time.monotonic() - started
@@ -71,24 +62,15 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def relax_gc() -> Callable[[], None]:
-    """Leave what was made so far alone, and look only through what is new; to be called at times.
+def relax_gc() -> None:
+    """Leave what was made so far alone, look at what is new a little at a time, at the rest seldom.
 
     Windows are many small objects without cycles: looking through them all costs a third of the
     time that events take, and through a hundred thousand new ones at once holds events up for as
-    long as a hundred of them take. What is given looks through everything, once an hour.
+    long as a hundred of them take.
     """
     gc.freeze()
-    gc.set_threshold(_YOUNG, _ROUNDS, _NEVER)
-    looked = time.monotonic()
-
-    def look_through_all() -> None:
-        nonlocal looked
-        if time.monotonic() - looked > _LOOK_S:
-            gc.collect()
-            looked = time.monotonic()
-
-    return look_through_all
+    gc.set_threshold(5_000, 10, 10_000)  # some milliseconds; some tens; after 500 million objects
 
 
 @contextmanager

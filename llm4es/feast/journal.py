@@ -165,9 +165,10 @@ class _Segment:
 class OfflineJournal:
     """Appends rows to a log's folder. One per writer; its methods may be called by any thread.
 
-    A journal is rolled when it holds `roll_rows` or is `roll_s` old, by a thread of its own, and
-    by `roll` and `close`. What `deletions` knows of is never written, nor rolled. Every failure to
-    write is SinkUnavailable.
+    A journal is rolled when it holds `roll_rows` or is `roll_s` old, by a thread of its own that
+    takes what others leave of the core, and by `roll` and `close`; `append` waits where several
+    are due. What `deletions` knows of is never written, nor rolled. Every failure to write is
+    SinkUnavailable.
     """
 
     def __init__(
@@ -214,10 +215,7 @@ class OfflineJournal:
             return
         batch = rows_to_batch(rows, self._join_key)
         if len(self._sealed) >= _WAITING_SEGMENTS:
-            try:
-                self._roll_sealed()
-            except OSError as error:
-                raise _unavailable(self._folder, error) from error
+            self._roll_sealed()
         with self._changed:
             try:
                 if self._open is None:
@@ -248,10 +246,7 @@ class OfflineJournal:
         """Return when every appended row is in a part that readers see."""
         with self._changed:
             self._seal()
-        try:
-            self._roll_sealed()
-        except OSError as error:
-            raise _unavailable(self._folder, error) from error
+        self._roll_sealed()
 
     def close(self) -> None:
         """Roll, and stop the thread. Rows that cannot be rolled stay in their journal."""
@@ -270,7 +265,10 @@ class OfflineJournal:
     def _roll_sealed(self) -> None:
         with self._rolling:
             while self._sealed:
-                self._sealed[0].roll(self._folder, self._deletions)
+                try:
+                    self._sealed[0].roll(self._folder, self._deletions)
+                except OSError as error:
+                    raise _unavailable(self._folder, error) from error
                 with self._changed:
                     del self._sealed[0]
 
@@ -280,10 +278,8 @@ class OfflineJournal:
         while self._await_work():
             try:
                 self._roll_sealed()
-            except OSError as error:
-                log.warning(
-                    "%s; the rows are safe in the journal", _unavailable(self._folder, error)
-                )
+            except SinkUnavailable as error:
+                log.warning("%s; the rows are safe in the journal", error)
                 time.sleep(_RETRY_S)
 
     def _await_work(self) -> bool:

@@ -27,18 +27,19 @@ class GroupCommits:
     A failure is logged and not tried again by itself: the windows decide, and more come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, consumer: KafkaConsumer) -> None:
+        self._consumer = consumer
         self._open: dict[TopicPartition, int] = {}  # not known to be committed
         self._sent: tuple[dict[TopicPartition, int], Any] | None = None  # and kafka-python's future
         self._waiting = False  # some of the open ones were never sent
 
-    def send(self, consumer: KafkaConsumer, next_offsets: Mapping[TopicPartition, int]) -> None:
+    def send(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Send these, now or behind the one on its way."""
         self._open |= next_offsets
         self._waiting = True
-        self.look(consumer)
+        self.look()
 
-    def look(self, consumer: KafkaConsumer) -> None:
+    def look(self) -> None:
         """Note how the one on its way ended; send what has waited for that."""
         if self._sent is not None:
             offsets, future = self._sent
@@ -46,25 +47,25 @@ class GroupCommits:
                 return
             self._sent = None
             if future.succeeded():
-                self._done(offsets)
+                self._open = {tp: at for tp, at in self._open.items() if offsets.get(tp) != at}
             else:
                 _warn_of_offsets(future.exception)
         if self._waiting and self._open:
             self._waiting = False
             offsets = dict(self._open)
             try:
-                self._sent = offsets, consumer.commit_async(_as_kafka_has_them(offsets))
+                self._sent = offsets, self._consumer.commit_async(_as_kafka_has_them(offsets))
             except KafkaError as error:
                 _warn_of_offsets(error)
 
-    def finish(self, consumer: KafkaConsumer) -> None:
+    def finish(self) -> None:
         """Commit what is open, and wait for it."""
-        self.look(consumer)
+        self.look()
         if not self._open:
             return
         self._sent, self._waiting = None, False
         try:
-            consumer.commit(_as_kafka_has_them(self._open), timeout_ms=CALL_MS)
+            self._consumer.commit(_as_kafka_has_them(self._open), timeout_ms=CALL_MS)
         except KafkaError as error:
             _warn_of_offsets(error)
         self._open = {}
@@ -73,9 +74,6 @@ class GroupCommits:
         """These are another worker's by now."""
         for tp in partitions:
             self._open.pop(tp, None)
-
-    def _done(self, offsets: Mapping[TopicPartition, int]) -> None:
-        self._open = {tp: at for tp, at in self._open.items() if offsets.get(tp) != at}
 
 
 def _as_kafka_has_them(next_offsets: Mapping[TopicPartition, int]) -> dict[Any, Any]:

@@ -86,11 +86,11 @@ class KafkaRecordSource:
         self._unplaced: set[TopicPartition] = set()
         self._unplaced_at_poll: frozenset[TopicPartition] = frozenset()
         self._due: dict[TopicPartition, int] = {}  # offsets that are read next
-        self._commits = GroupCommits()
         with connecting(self._settings):
             self._consumer = KafkaConsumer(
                 **self._consumer_config(), **(group.config if group else {})
             )
+        self._commits = GroupCommits(self._consumer)
 
     def describe(self) -> LogDescription:
         """Ask the brokers; see `ports.RecordSource`."""
@@ -135,9 +135,9 @@ class KafkaRecordSource:
         self._rebalances.on_partitions_assigned(partitions)
 
     def poll(self, max_records: int, timeout_s: float) -> Sequence[Record]:
-        """Records of one fetch; those of a partition come in order of offset."""
+        """Records that wait to be read; those of a partition come in order of offset."""
         with mapped():
-            self._commits.look(self._consumer)
+            self._commits.look()
             coordinator = self._consumer._coordinator  # noqa: SLF001 - see `KafkaGroup`
             if coordinator.rejoining and not coordinator.need_rejoin():
                 # A join that was begun because topics had changed, and ended between two polls: it
@@ -148,11 +148,12 @@ class KafkaRecordSource:
             self._ask_for_the_topic()
             found = self._fetched(max_records, int(timeout_s * 1000))
         self._place_assigned()
-        owned = {TopicPartition(*name) for name in self._consumer.assignment()}
+        assigned = {TopicPartition(*name) for name in self._consumer.assignment()}
+        placed = assigned - self._unplaced_at_poll
         batches = {
             tp: raws
             for tp, raws in ((TopicPartition(*name), raws) for name, raws in found.items())
-            if tp in owned - self._unplaced_at_poll
+            if tp in placed
         }
         self._refuse_skipped({tp: raws[0].offset for tp, raws in batches.items()})
         self._due |= {tp: raws[-1].offset + 1 for tp, raws in batches.items()}
@@ -162,7 +163,7 @@ class KafkaRecordSource:
         """Offsets that the group has committed."""
         if self._group is None:
             return {}
-        self._commits.finish(self._consumer)
+        self._commits.finish()
         with mapped():
             found = {
                 tp: self._consumer.committed(kafka_partition(*tp), timeout_ms=CALL_MS)
@@ -176,7 +177,7 @@ class KafkaRecordSource:
         What is on its way is waited for by `committed` and `close`.
         """
         if self._group is not None:
-            self._commits.send(self._consumer, next_offsets)
+            self._commits.send(next_offsets)
 
     def seek(self, positions: Mapping[TopicPartition, int]) -> None:
         """Read on from there, where the partition is still ours."""
@@ -254,7 +255,7 @@ class KafkaRecordSource:
 
     def close(self) -> None:
         """Leave the group."""
-        self._commits.finish(self._consumer)
+        self._commits.finish()
         try:
             self._consumer.close(autocommit=False)
         except KafkaError as error:
@@ -266,9 +267,9 @@ class KafkaRecordSource:
         kafka-python asks for more of a partition when it has given all that it had. What came
         while a batch was worked on would have to wait until the next one is done too.
         """
-        if self._group is not None and self._consumer._coordinator.need_rejoin():  # noqa: SLF001
-            return dict(self._consumer.poll(timeout_ms=timeout_ms, max_records=max_records))
-        found = dict(self._consumer.poll(timeout_ms=0, max_records=max_records))
+        found: dict[Any, list[Any]] = {}
+        if not self._consumer._coordinator.need_rejoin():  # noqa: SLF001 - for that it is too short
+            found |= self._consumer.poll(timeout_ms=0, max_records=max_records)
         if not found:
             return dict(self._consumer.poll(timeout_ms=timeout_ms, max_records=max_records))
         room = max_records - sum(map(len, found.values()))
