@@ -1,11 +1,12 @@
 """Ablations: what each choice of the method is worth, one changed at a time.
 
-    python -m benchmarks.ablations [--json] [--only pooling|training] [--steps N]
+    python -m benchmarks.ablations [--json] [--only pooling|training|pretrained] [--steps N]
 
 `pooling` changes how the states of one trained model are pooled (bundles of benchmarks.quality,
 trained here if they are not there); `training` trains a model anew for each choice, for a few
-hundred steps, so its figures compare with one another alone. Ratios are ROC-AUC by logistic
-regression on the folds that come with the data.
+hundred steps, so its figures compare with one another alone; `pretrained` has SmolLM2-135M and a
+model from scratch read the same last events, with and without learning from the log (more than an
+hour of one core). Ratios are ROC-AUC by logistic regression on the folds that come with the data.
 """
 
 import json
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.engine_bundles import smol_source
 from benchmarks.machine import machine
 from benchmarks.quality import ROOT, Places
 from export.build import Request, build_bundle
@@ -38,6 +40,7 @@ from llm4es.features import SumsLayout
 from llm4es.schema import load_schema
 
 EVERY_SCALE = (math.inf, 64.0, 16.0, 4.0, 1.0)
+_SEEN_EVENTS = 12  # of a chapter in the middle: two of them are what SmolLM2 reads in an hour
 
 console = Console(stderr=True)
 
@@ -67,9 +70,9 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of movielens and fdh")] = ROOT.parent
     / "shared/data",
     out: Annotated[Path, typer.Option(help="Folder for bundles")] = ROOT / "build/quality",
-    only: Annotated[str | None, typer.Option(help="pooling or training")] = None,
+    only: Annotated[str | None, typer.Option(help="pooling, training or pretrained")] = None,
     steps: Annotated[int, typer.Option(help="Of each training", min=1)] = 300,
-    smollm2: Annotated[Path | None, typer.Option(help="SmolLM2 as .gguf, to compare with")] = None,
+    smollm2: Annotated[str | None, typer.Option(help="SmolLM2: folder or .gguf")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Change one choice at a time, and print what comes of it."""
@@ -79,7 +82,9 @@ def main(
     if only in {None, "pooling"}:
         parts += [_ratings_pooling(places), _fraud_pooling(places)]
     if only in {None, "training"}:
-        parts.append(_trainings(places, steps, smollm2))
+        parts.append(_trainings(places, steps))
+    if only in {None, "pretrained"}:
+        parts.append(_pretrained(places, steps, smol_source(smollm2)))
     for part in parts:
         for name, value in part:
             console.print(f"{name:48} {value:.4f}")
@@ -179,7 +184,7 @@ def _fraud_pooling(places: Places) -> Iterator[tuple[str, float]]:
     yield "account_both", ground.auc(np.column_stack([found.vectors, found.surprise]))
 
 
-def _trainings(places: Places, steps: int, smollm2: Path | None) -> Iterator[tuple[str, float]]:
+def _trainings(places: Places, steps: int) -> Iterator[tuple[str, float]]:
     """Models trained alike but for one choice: gender of MovieLens users."""
     ground = _ratings(places)
     base = load_recipe("movielens").changed(steps=steps)
@@ -199,14 +204,25 @@ def _trainings(places: Places, steps: int, smollm2: Path | None) -> Iterator[tup
         for enriched in (False, True):
             name = f"{log}_{'enriched' if enriched else 'bare'}"
             yield f"trained_{name}", _trained(places, place, name, base, enriched=enriched)
-    if smollm2 is not None:
-        lora = load_recipe("smollm2-lora").changed(model=str(smollm2))
-        same = {"window": {"max_chapters": 2}, "rendering": base.rendering.model_dump()}
-        for name, change in (
-            ("smollm2_zero_shot", {"training": {"steps": 1, "learning_rate": 1e-12}}),
-            ("smollm2_lora", {"training": {"steps": 100}}),
-        ):
-            yield f"trained_{name}", _trained(places, ground, name, _changed(lora, same | change))
+
+
+def _pretrained(places: Places, steps: int, smollm2: str) -> Iterator[tuple[str, float]]:
+    """A pretrained model and one from scratch, both shown the last events of a user alone."""
+    ground = _ratings(places)
+    domain = load_recipe("movielens")
+    seen = {
+        "window": {"chapter_events": _SEEN_EVENTS, "max_chapters": 2},
+        "rendering": domain.rendering.model_dump(),
+        "pooling": domain.pooling.model_dump() | {"layers": (0, -1)},
+        "surprise": None,
+    }
+    few = {"held_out_share": 0.03}  # their loss alone would take a quarter of an hour
+    untrained, trained = {"steps": 1, "learning_rate": 1e-12}, {"steps": steps}
+    lora = load_recipe("smollm2-lora").changed(model=smollm2)
+    for name, recipe in (("scratch", domain), ("smollm2", lora)):
+        for kind, change in (("untrained", untrained), ("trained", trained)):
+            changed = _changed(recipe, seen | {"training": few | change})
+            yield f"{name}_{kind}", _trained(places, ground, f"{name}-{kind}", changed)
 
 
 def _changed(recipe: Recipe, change: dict[str, Any]) -> Recipe:

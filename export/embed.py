@@ -111,26 +111,31 @@ class _Reader:
         return [event for event in history if measure(event, ()) <= longest]
 
     def read(self, entity_id: str, history: Sequence[Event], seen: Mapping[int, int]) -> None:
-        """Find the rows of one entity: `seen` says how many of its events each one sees."""
+        """Find the rows of one entity: `seen` says how many of its events each one sees.
+
+        Chapters that none of them sees are not read.
+        """
         tokens = self._bundle.tokens
         chapters = cut_chapters(history, self._policy, tokens.measure) if history else ()
-        starts = np.cumsum([0, *(chapter.count for chapter in chapters)]).tolist()
-        counts = {count for count in seen.values() if count}
-        prefixes: list[dict[int, _Prefix]] = []
-        for index, chapter in enumerate(chapters):
-            start, end = starts[index], starts[index + 1]
-            wanted = {count - start for count in counts if start < count <= end}
-            if any(count > end for count in counts):
-                wanted.add(chapter.count)
-            prefixes.append(self._read_chapter(chapter, sorted(wanted)) if wanted else {})
         by_count: dict[int, list[int]] = {}
         for row, count in seen.items():
-            by_count.setdefault(count, []).append(row)
+            if count:
+                by_count.setdefault(count, []).append(row)
+        wanted: list[set[int]] = [set() for _ in chapters]  # of each, how many events
+        asked: list[tuple[Window, range, list[int]]] = []
         for count, rows in by_count.items():
-            if not count:
-                continue
-            at = next(i for i in range(len(chapters)) if starts[i] < count <= starts[i + 1])
-            self._combine(entity_id, chapters[: at + 1], prefixes, count - starts[at], rows)
+            window = _first_events(entity_id, chapters, count)
+            visible = visible_chapters(window, self._policy)
+            for index in visible:
+                wanted[index].add(window.chapters[index].count)
+            asked.append((window, visible, rows))
+        prefixes = [
+            self._read_chapter(chapter, sorted(counts)) if counts else {}
+            for chapter, counts in zip(chapters, wanted, strict=True)
+        ]
+        for window, visible, rows in asked:
+            shown = [prefixes[index][window.chapters[index].count] for index in visible]
+            self._combine(window, visible, shown, rows)
 
     def found(self, count: int) -> Embeddings:
         """Give the rows in order, zeros where nothing was seen."""
@@ -164,24 +169,8 @@ class _Reader:
         return np.concatenate([sums, weights.sum(axis=-1, keepdims=True)], axis=-1)
 
     def _combine(
-        self,
-        entity_id: str,
-        chapters: tuple[Chapter, ...],
-        prefixes: Sequence[dict[int, _Prefix]],
-        newest: int,
-        rows: Sequence[int],
+        self, window: Window, visible: range, shown: Sequence[_Prefix], rows: Sequence[int]
     ) -> None:
-        open_ = chapters[-1]
-        cut = open_.events[:newest]
-        window = Window(
-            entity_id=entity_id,
-            chapters=(
-                *chapters[:-1],
-                replace(open_, events=cut, last=cut[-1].key, count=newest),
-            ),
-        )
-        visible = visible_chapters(window, self._policy)
-        shown = [prefixes[index][window.chapters[index].count] for index in visible]
         layout = self._embedder.layout
         vector, surprise = layout.finish(
             layout.total(window, [each.reading.sums for each in shown], visible)
@@ -199,3 +188,15 @@ class _Reader:
         for row in rows:
             self._rows[row] = (vector, surprise, last, means)
             self._events[row] = sum(window.chapters[index].count for index in visible)
+
+
+def _first_events(entity_id: str, chapters: Sequence[Chapter], count: int) -> Window:
+    """Give the window as it was when it held that many events, all of them in whole chapters."""
+    shown = []
+    for chapter in chapters:
+        events = chapter.events[:count]
+        shown.append(replace(chapter, events=events, last=events[-1].key, count=len(events)))
+        count -= len(events)
+        if not count:
+            break
+    return Window(entity_id=entity_id, chapters=tuple(shown))

@@ -3,21 +3,46 @@
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm4es.events import Event, FieldValue
 from llm4es.rendering.formats import Format
-from llm4es.rendering.words import NOTHING_BEFORE, TimeColumn, number_words, ratio, time_words
+from llm4es.rendering.words import (
+    NOTHING_BEFORE,
+    TimeColumn,
+    age,
+    number_words,
+    ratio,
+    time_words,
+)
 from llm4es.schema import CategoriesField, CategoryField, FieldSpec, FlagField, NumberField
 
-__all__ = ["CACHED_WORDS", "Cell", "Medians", "field_cell", "positive", "ratio_cell", "time_cell"]
+__all__ = [
+    "CACHED_WORDS",
+    "Before",
+    "Cell",
+    "field_cell",
+    "positive",
+    "ratio_cell",
+    "spell_cell",
+    "time_cell",
+]
 
 CACHED_WORDS = 8192
 
-Medians = Mapping[str, float | None]  # by field: of the chapter's earlier values of the type
-Cell = Callable[[Event, datetime | None, Medians], str]  # (event, previous time, medians)
+
+class Before(NamedTuple):
+    """What the chapter's earlier events say to a line."""
+
+    previous: datetime | None
+    medians: Mapping[str, float | None]  # by field: of the earlier values of the type
+    spells: Mapping[str, datetime]  # by type: when its newest spell began, with this very event
+
+
+Cell = Callable[[Event, Before], str]
 
 
 def positive(event: Event, name: str) -> float | None:
@@ -29,16 +54,27 @@ def positive(event: Event, name: str) -> float | None:
 def time_cell(column: TimeColumn, form: Format) -> Cell:
     """Write an event's time, or how long it came after the one before."""
     words, word = time_words(column), form.word
-    return lambda event, previous, _medians: word(words(event.occurred_at, previous))
+    return lambda event, before: word(words(event.occurred_at, before.previous))
 
 
 def ratio_cell(name: str, form: Format) -> Cell:
     """Write a number over the median of the chapter's earlier ones of the same type."""
     nothing = form.word(NOTHING_BEFORE)
 
-    def cell(event: Event, _previous: datetime | None, medians: Medians) -> str:
-        value, usual = positive(event, name), medians[name]
+    def cell(event: Event, before: Before) -> str:
+        value, usual = positive(event, name), before.medians[name]
         return nothing if value is None or usual is None else form.word(ratio(value, usual))
+
+    return cell
+
+
+def spell_cell(event_type: str, form: Format) -> Cell:
+    """Write how long ago the type's newest spell began."""
+    nothing = form.word(NOTHING_BEFORE)
+
+    def cell(event: Event, before: Before) -> str:
+        begun = before.spells.get(event_type)
+        return nothing if begun is None else form.word(age(event.occurred_at - begun))
 
     return cell
 
@@ -50,7 +86,7 @@ def field_cell(
     shown = _value_words(field, edges, form)
     null = form.null
 
-    def cell(event: Event, _previous: datetime | None, _medians: Medians) -> str:
+    def cell(event: Event, _before: Before) -> str:
         value = event.fields.get(name)
         return null if value is None else shown(value)
 

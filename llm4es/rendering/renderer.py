@@ -4,10 +4,10 @@ import hashlib
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from statistics import median
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,12 @@ from llm4es.errors import ConfigError
 from llm4es.events import Event
 from llm4es.rendering.cells import (
     CACHED_WORDS,
+    Before,
     Cell,
-    Medians,
     field_cell,
     positive,
     ratio_cell,
+    spell_cell,
     time_cell,
 )
 from llm4es.rendering.formats import FORMATS, FormatName
@@ -66,6 +67,10 @@ class RenderingSpec(FrozenModel):
     format: FormatName = "table"
     time: tuple[TimeColumn, ...] = ("gap", "hour")
     ratios: tuple[str, ...] = Field(default=())
+    # exclude_if: the hashes of renderings without spells stand
+    spells: Mapping[str, Annotated[timedelta, Field(gt=timedelta(0))]] = Field(
+        default_factory=dict, exclude_if=lambda spells: not spells
+    )
 
     @model_validator(mode="after")
     def _columns_once(self) -> Self:
@@ -130,6 +135,7 @@ class Renderer:
         self._format = replace(form, word=lru_cache(CACHED_WORDS)(form.word))
         self._edges = _edges(schema, learnt or {})
         _refuse_strange_ratios(schema, spec)
+        _refuse_strange_spells(schema, spec)
         self._several = len(schema.types) > 1
         self._plans = {name: self._plan(name, kind) for name, kind in schema.types.items()}
 
@@ -174,15 +180,13 @@ class Renderer:
     def line(self, event: Event, earlier: Sequence[Event]) -> Line:
         """Render one event behind the earlier ones of its chapter."""
         plan = self._plans[event.type]
-        medians = {name: _median(_past(earlier, event.type, name)) for name in plan.ratios}
-        return self._write(plan, event, earlier[-1].occurred_at if earlier else None, medians)
+        return self._write(plan, event, self._before(plan, event, earlier))
 
     def text(self, event: Event, earlier: Sequence[Event]) -> str:
         """Give the text alone of the event's line, behind the earlier ones of its chapter."""
         plan = self._plans[event.type]
-        previous = earlier[-1].occurred_at if earlier else None
-        medians = {name: _median(_past(earlier, event.type, name)) for name in plan.ratios}
-        cells = [front + cell(event, previous, medians) for _, front, cell in plan.columns]
+        before = self._before(plan, event, earlier)
+        cells = [front + cell(event, before) for _, front, cell in plan.columns]
         return "".join(cells) + self._format.terminator
 
     def longest(self, event: Event) -> int:
@@ -206,24 +210,36 @@ class Renderer:
         past: dict[str, dict[str, list[float]]] = {
             kind: {name: [] for name in plan.ratios} for kind, plan in self._plans.items()
         }
+        spells = _Spells(self._spec.spells)
         for event in events:
             values = past[event.type]
             medians = {name: _middle(values[name]) for name in values}
-            lines.append(self._write(self._plans[event.type], event, previous, medians))
+            spells.see(event)
+            before = Before(previous, medians, spells.begun)
+            lines.append(self._write(self._plans[event.type], event, before))
             previous = event.occurred_at
             for name, ordered in values.items():
                 if (value := positive(event, name)) is not None:
                     insort(ordered, value)
         return lines
 
-    def _write(
-        self, plan: _Plan, event: Event, previous: datetime | None, medians: Medians
-    ) -> Line:
+    def _before(self, plan: _Plan, event: Event, earlier: Sequence[Event]) -> Before:
+        spells = _Spells(self._spec.spells)
+        if self._spec.spells:
+            for each in (*earlier, event):
+                spells.see(each)
+        return Before(
+            previous=earlier[-1].occurred_at if earlier else None,
+            medians={name: _median(_past(earlier, event.type, name)) for name in plan.ratios},
+            spells=spells.begun,
+        )
+
+    def _write(self, plan: _Plan, event: Event, before: Before) -> Line:
         text = ""
         start = 0
         spans = []
         for name, front, cell in plan.columns:
-            text += front + cell(event, previous, medians)
+            text += front + cell(event, before)
             end = len(text)
             spans.append(Span(name, start, end))
             start = end
@@ -245,10 +261,14 @@ class Renderer:
             _Column(f"{name}_ratio", f"{name} over median so far", ratio_cell(name, form))
             for name in ratios
         ]
+        columns += [
+            _Column(f"{name}_spell", f"since first {_name(self._schema, name)} of a spell", cell)
+            for name, cell in ((name, spell_cell(name, form)) for name in self._spec.spells)
+        ]
         labels = tuple(column.label for column in columns)
         if self._several:
             word = form.word(kind.label or event_type)
-            columns.insert(0, _Column("type", "type", lambda _event, _previous, _medians: word))
+            columns.insert(0, _Column("type", "type", lambda _event, _before: word))
         if form.keyed:
             _refuse_one_label_twice(event_type, [column.label for column in columns], self._spec)
         prepared = tuple(
@@ -266,6 +286,24 @@ class Renderer:
             + _LONGEST_SHORT * len(columns),
             fields=tuple(name for name, field in kind.fields.items() if field.render),
         )
+
+
+class _Spells:
+    """When the newest spell of each type began."""
+
+    def __init__(self, pauses: Mapping[str, timedelta]) -> None:
+        self.begun: dict[str, datetime] = {}
+        self._pauses = pauses
+        self._last: dict[str, datetime] = {}
+
+    def see(self, event: Event) -> None:
+        """Go on to the chapter's next event."""
+        pause = self._pauses.get(event.type)
+        if pause is not None:
+            last = self._last.get(event.type)
+            if last is None or event.occurred_at - last > pause:
+                self.begun[event.type] = event.occurred_at
+            self._last[event.type] = event.occurred_at
 
 
 def bucket_name(event_type: str, field: str) -> str:
@@ -331,6 +369,19 @@ def _refuse_strange_ratios(schema: EventSchema, spec: RenderingSpec) -> None:
             raise ConfigError(
                 "rendering.ratios", f"{name!r} is no number field", f"choose from: {known}"
             )
+
+
+def _refuse_strange_spells(schema: EventSchema, spec: RenderingSpec) -> None:
+    for name in spec.spells:
+        if name not in schema.types:
+            known = ", ".join(sorted(schema.types))
+            raise ConfigError(
+                "rendering.spells", f"{name!r} is no event type", f"choose from: {known}"
+            )
+
+
+def _name(schema: EventSchema, event_type: str) -> str:
+    return schema.types[event_type].label or event_type
 
 
 def _refuse_one_label_twice(event_type: str, labels: Sequence[str], spec: RenderingSpec) -> None:

@@ -9,7 +9,15 @@ from typing import Literal
 
 from llm4es.schema import LogBuckets, NumberField
 
-__all__ = ["NOTHING_BEFORE", "TIME_LABELS", "TimeColumn", "number_words", "ratio", "time_words"]
+__all__ = [
+    "NOTHING_BEFORE",
+    "TIME_LABELS",
+    "TimeColumn",
+    "age",
+    "number_words",
+    "ratio",
+    "time_words",
+]
 
 TimeColumn = Literal["gap", "gap_log", "hour", "weekday", "day", "date", "datetime"]
 
@@ -25,8 +33,14 @@ TIME_LABELS: Mapping[TimeColumn, str] = {
 }
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _HOUR = 60  # minutes
+_DAY = 86_400  # seconds
 _CACHED_GAPS = 8_192
 _EPOCH_DAY = 719_163  # proleptic ordinal of 1970-01-01
+# Lower edges in whole seconds, the same on every machine, and their names in two digits.
+_AGES = tuple(
+    (round(_DAY * days), f"{float(f'{days:.2g}'):g}d")
+    for days in (2 ** (step / 4) for step in range(56))
+)
 _LARGEST_LOG = 709  # ln of the largest double
 
 
@@ -121,6 +135,14 @@ _TIME_WORDS: Mapping[TimeColumn, Callable[[datetime, datetime | None], str]] = {
     "date": lambda moment, _: f"{moment:%Y-%m-%d}",
     "datetime": lambda moment, _: f"{moment:%Y-%m-%d %H:%M}",
 }
+
+
+def age(duration: timedelta) -> str:
+    """Write whole hours below a day, from there on quarter-steps of powers of two: 2d, 2.4d."""
+    seconds = duration.days * _DAY + duration.seconds
+    if seconds < _DAY:
+        return f"{seconds // 3600}h"
+    return _AGES[bisect_right(_AGES, seconds, key=lambda edge: edge[0]) - 1][1]
 
 
 def ratio(value: float, median: float) -> str:

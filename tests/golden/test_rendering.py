@@ -1,15 +1,17 @@
 """Byte-exact text: what the model was trained on must never change by accident."""
 
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from llm4es.errors import ConfigError
 from llm4es.rendering import Line, Renderer, RenderingSpec, TimeColumn
-from llm4es.schema import load_schema
+from llm4es.schema import canonical_json, load_schema
 from tests.histories import SCHEMA_YAML, event, schema
 
 ONE_TYPE = """
@@ -92,6 +94,43 @@ def test_each_time_column(column: TimeColumn, expected: list[str]) -> None:
 def test_gaps_are_told_in_their_largest_unit(gap: timedelta, expected: str) -> None:
     renderer = Renderer(schema(), RenderingSpec(time=("gap",)))
     assert text(renderer, [0, gap.total_seconds()])[1].split(", ")[1] == expected
+
+
+def test_a_spell_goes_on_until_none_of_its_type_came_for_longer_than_the_pause() -> None:
+    spec = RenderingSpec(time=(), spells={"login": timedelta(days=3)})
+    renderer = Renderer(schema(), spec)
+    assert renderer.header == (
+        "payment: amount (EUR)|goods|note|since first login of a spell\n"
+        "login: device|ok|since first login of a spell\n"
+    )
+    day = 86_400
+    events = [
+        event(0),
+        event(day, kind="login"),
+        event(1.5 * day),
+        event(4 * day, kind="login"),  # three days later, and no more
+        event(7.5 * day),
+        event(8 * day, kind="login"),
+        event(9 * day),
+        event(40 * day),
+    ]
+    assert [line.text.strip().rsplit(", ", 1)[1] for line in renderer.lines(events)] == [
+        "-", "0h", "12h", "2.8d", "5.7d", "0h", "1d", "32d",
+    ]  # fmt: skip
+
+
+def test_a_spell_of_no_type_or_no_length_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rendering.spells: 'logon' is no event type"):
+        Renderer(schema(), RenderingSpec(spells={"logon": timedelta(days=1)}))
+    with pytest.raises(ValidationError, match="greater than 0"):
+        RenderingSpec(spells={"login": timedelta(0)})
+
+
+def test_the_hash_of_a_rendering_without_spells_is_what_it_was_before_there_were_any() -> None:
+    assert b"spells" not in canonical_json(RenderingSpec())
+    choices: list[dict[str, Any]] = [{}, *({"spells": {"login": f"P{days}D"}} for days in (1, 2))]
+    hashes = {Renderer(schema(), RenderingSpec(**each)).sha256 for each in choices}
+    assert len(hashes) == 3
 
 
 def test_spans_cover_a_line_but_its_terminator_and_own_the_separator_before_them() -> None:

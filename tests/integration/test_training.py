@@ -1,6 +1,7 @@
 """Recipes end to end: what is learnt is what is served, and a kill costs little."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -186,9 +187,15 @@ def test_the_ids_that_train_are_the_ids_that_are_served(
         assert all(texts)
 
 
+@pytest.mark.parametrize("max_chapters", [None, 2])
 def test_embedding_as_of_a_moment_is_what_a_worker_serves_then(
-    bundle_folder: Path, sample: Sample
+    bundle_folder: Path, sample: Sample, tmp_path: Path, max_chapters: int | None
 ) -> None:
+    if max_chapters is not None:
+        changes = {"window": {"max_chapters": max_chapters}, "training": {"steps": 2}}
+        recipe = write_recipe(tmp_path / "recipe.yaml", changes)
+        bundle_folder = tmp_path / "bundle"
+        built(sample, recipe, bundle_folder)
     bundle = load_bundle(bundle_folder)
     embedder = open_embedder(bundle)
     found = histories(bundle, sample)
@@ -216,6 +223,8 @@ def test_embedding_as_of_a_moment_is_what_a_worker_serves_then(
         for window in windows
     ]
     assert rows.events.tolist() == [*counts, 0]
+    hidden = [len(window.chapters) > (max_chapters or math.inf) for window in windows]
+    assert any(hidden) == (max_chapters is not None)
     assert not rows.vectors[-1].any()
     assert not rows.token_bag[-1].any()
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from html.parser import HTMLParser
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ from llm4es.schema import EventSchema, QuantileBuckets, load_schema
 from tests.histories import event, schema
 
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+DAY = timedelta(days=1)
 
 EVERY_KIND = """
 name: notes
@@ -93,7 +95,9 @@ def test_a_line_can_be_read_back_whatever_its_values(
 def test_spans_cover_a_line_but_its_terminator(
     format_name: FormatName, values: dict[str, FieldValue]
 ) -> None:
-    spec = RenderingSpec(format=format_name, time=("gap", "weekday"), ratios=("n",))
+    spec = RenderingSpec(
+        format=format_name, time=("gap", "weekday"), ratios=("n",), spells={"note": DAY}
+    )
     renderer = Renderer(load_schema(EVERY_KIND), spec)
     line = renderer.line(event(0, kind="note", fields=values), ())
     assert [span.field for span in line.spans] == list(renderer.fields("note"))
@@ -104,7 +108,9 @@ def test_spans_cover_a_line_but_its_terminator(
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(-3, 9)), max_size=12))
 def test_a_line_is_the_same_alone_and_among_its_chapters(kinds: list[tuple[bool, int]]) -> None:
-    renderer = Renderer(schema(), RenderingSpec(time=("gap", "gap_log"), ratios=("amount",)))
+    spells = {"login": timedelta(minutes=2)}
+    spec = RenderingSpec(time=("gap", "gap_log"), ratios=("amount",), spells=spells)
+    renderer = Renderer(schema(), spec)
     events = [
         event(60 * at, fields={"amount": amount, "goods": "g1", "note": None})
         if payment
@@ -123,7 +129,8 @@ def test_a_line_is_the_same_alone_and_among_its_chapters(kinds: list[tuple[bool,
 def test_no_line_is_longer_than_it_is_said_to_be(
     form: FormatName, amount: float, note: str
 ) -> None:
-    renderer = Renderer(schema(), RenderingSpec(format=form, ratios=("amount",)))
+    spec = RenderingSpec(format=form, ratios=("amount",), spells={"payment": DAY})
+    renderer = Renderer(schema(), spec)
     one = event(0, fields={"amount": amount, "goods": note, "note": note})
     assert len(renderer.text(one, [event(-1)]).encode()) <= renderer.longest(one)
 

@@ -39,7 +39,7 @@ POLICIES = (
                  max_clock_skew=timedelta(seconds=5), max_age=timedelta(seconds=20)),
 )  # fmt: skip
 policies = st.sampled_from(POLICIES)
-SPEC = RenderingSpec(time=("gap", "hour"), ratios=("amount",))
+SPEC = RenderingSpec(time=("gap", "hour"), ratios=("amount",), spells={"login": timedelta(hours=1)})
 TOKENS = modelless_bundle(schema(), entity="customer", window=POLICIES[0], rendering=SPEC).tokens
 
 
