@@ -39,7 +39,7 @@ class OtherLog:
 
     renderer: Renderer
     histories: dict[str, tuple[Event, ...]]
-    sha256: str  # of its files, its entity and its rendering
+    sha256: str  # of its files, its entity, its schema and its rendering
 
     def lines(self, policy: WindowPolicy) -> Iterator[str]:
         """Lines for a tokenizer, the header as common as they are."""
@@ -68,5 +68,5 @@ def read_other(place: LogPlace, recipe: Recipe) -> OtherLog:
     return OtherLog(
         renderer=renderer,
         histories=histories,
-        sha256=f"{log.sha256}:{place.entity}:{renderer.sha256}",
+        sha256=f"{log.sha256}:{place.entity}:{schema.sha256}:{renderer.sha256}",
     )

@@ -22,6 +22,7 @@ from transformers import set_seed
 from export.beside import LogPlace, OtherLog, read_other
 from export.calibrate import calibrate
 from export.card import model_card
+from export.chapter_texts import text_sha256
 from export.corpus import (
     Corpus,
     EventLog,
@@ -202,7 +203,7 @@ def _read(request: Request) -> _Material:
     if request.enriched is not None:
         enriched = read_enriched(
             request.enriched,
-            rendering=renderer.sha256,
+            rendering=text_sha256(schema, renderer),
             held_out=held_out,
             before=training.before,
         )
@@ -220,7 +221,8 @@ def _read(request: Request) -> _Material:
 
 def _workplace(request: Request, material: _Material) -> Path:
     """Where this run, and no other, keeps what a kill would cost; gone with its end."""
-    told = request.recipe.model_dump_json() + _data_sha256(material) + material.renderer.sha256
+    text = material.schema.sha256 + material.renderer.sha256
+    told = request.recipe.model_dump_json() + _data_sha256(material) + text
     digest = hashlib.sha256(f"{request.entity}:{told}".encode()).hexdigest()[:12]
     return request.out.parent / f".{request.out.name}-training-{digest}"
 
@@ -308,6 +310,7 @@ def _manifest(  # noqa: PLR0917 - each is a part of what a bundle says of itself
         ),
         pooling=pooling,
         surprise=recipe.surprise,
+        why=recipe.why,
         hidden_size=hidden_size,
         dim=pooling.state_dim(hidden_size) * len(pooling.scales),
         bos_id=reader.bos_id,

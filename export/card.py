@@ -26,6 +26,7 @@ model over the rendered history, at half-lives of {scales} events. Method: LLM4E
 | surprise | {surprise} |
 | computed in | {compute} |
 | parity with transformers, relative | {parity} |
+| why so | {why} |
 
 What the model reads first, before every chapter:
 
@@ -71,6 +72,7 @@ def model_card(manifest: Manifest, header: str) -> str:
         compute=_computed(manifest.compute),
         parity=", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items())
         or "of the bundle it was made from",
+        why=manifest.why or "not told",
         header=header.rstrip("\n"),
     )
     return str(ModelCard(text))

@@ -13,7 +13,7 @@ from llm4es.rendering import FORMATS, Renderer
 from llm4es.schema import EventSchema
 from llm4es.windows import cut_chapters
 
-__all__ = ["ChapterText", "other_renderers", "training_texts"]
+__all__ = ["ChapterText", "other_renderers", "text_sha256", "training_texts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +27,18 @@ class ChapterText:
     events: tuple[Event, ...]
     header: str
     lines: tuple[str, ...]
+    labels: frozenset[str]  # of all columns; some formats write them in every line
     rendering_sha256: str
 
     @property
     def sha256(self) -> str:
         """Hash of the text, header and lines: what an enriched chapter names as its source."""
         return hashlib.sha256("".join((self.header, *self.lines)).encode()).hexdigest()
+
+
+def text_sha256(schema: EventSchema, renderer: Renderer) -> str:
+    """Hash of all that a line is made of, beside the event: what enriched texts are bound to."""
+    return hashlib.sha256(f"{schema.sha256}:{renderer.sha256}".encode()).hexdigest()
 
 
 def training_texts(
@@ -55,7 +61,8 @@ def training_texts(
             events=chapter.events,
             header=renderer.header,
             lines=tuple(line.text for line in renderer.lines(chapter.events)),
-            rendering_sha256=renderer.sha256,
+            labels=renderer.labels,
+            rendering_sha256=text_sha256(schema, renderer),
         )
         for entity_id, history in histories.items()
         for chapter in cut_chapters(history, policy, lambda _event, _earlier: 1)

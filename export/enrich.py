@@ -193,7 +193,12 @@ def enrich(
         for index, answer in _answers(prompts, wanted, cache, budget, enriched, parallel):
             reason: str | None = answer.ending
             if answer.ending == "stop":
-                text, reason = judge(chapters[index].lines, answer.text, summary=wanted.summary)
+                text, reason = judge(
+                    chapters[index].lines,
+                    answer.text,
+                    labels=chapters[index].labels,
+                    summary=wanted.summary,
+                )
                 if reason is None:
                     records[index] = _record(chapters[index], styles[index], wanted.model, text)
             enriched.dropped.update([] if reason is None else [reason])
@@ -221,7 +226,7 @@ def enrich_by_rule(
     for chapter in track(chapters, "enriching", console=console):
         style = styles[int(chapter.sha256, 16) % len(styles)]
         written = "".join(line.text for line in renderers[style].lines(chapter.events))
-        text, reason = judge(chapter.lines, written)
+        text, reason = judge(chapter.lines, written, labels=chapter.labels)
         if reason is None:
             records.append(_record(chapter, style, RULE, text))
         enriched.dropped.update([] if reason is None else [reason])

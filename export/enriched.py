@@ -57,7 +57,7 @@ class EnrichedTexts:
 def read_enriched(
     path: Path, *, rendering: str, held_out: frozenset[str], before: datetime | None
 ) -> EnrichedTexts:
-    """Read the JSONL that `enrich` wrote for the same rendering (its SHA-256).
+    """Read the JSONL that `enrich` wrote for the same schema and rendering (`text_sha256`).
 
     Raises ConfigError for a file that is none, for one made of another rendering, and for texts
     of entities or times that training must not know.
@@ -73,7 +73,9 @@ def read_enriched(
     for line in found:
         if line.rendering != rendering:
             raise ConfigError(
-                "enriched", f"{path} was made of another rendering", "enrich with this recipe"
+                "enriched",
+                f"{path} was made of another schema or rendering",
+                "enrich with these",
             )
         if line.entity_id in held_out or (before is not None and line.until >= before):
             raise ConfigError(

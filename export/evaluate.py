@@ -117,7 +117,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A choice against a baseline, each by the scorer that suits it better."""
+    """A choice against a baseline, each by the scorer that does better at the metric."""
 
     ours: str
     theirs: str
@@ -175,10 +175,15 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
         raise ConfigError(
             "repeats", "a split by time has nothing to reshuffle", "leave it out, or use folds"
         )
+    others = {
+        other.bundle.manifest.entity: other
+        for other in (_seen_beside(request, view, task, console) for view in request.beside)
+    }
+    if len(others) < len(request.beside):
+        raise ConfigError("beside", "two bundles are of one entity", "ask for one at a time")
     found = embed_rows(scene, embed)
     terms = term_rows(scene)
-    others = [_seen_beside(request, view, task, console) for view in request.beside]
-    beside = {other.bundle.manifest.entity: embed_rows(other, embed) for other in others}
+    beside = {entity: embed_rows(other, embed) for entity, other in others.items()}
     choices = build_choices(scene, found, terms, beside)
     judge = Judge(task, task.splits, resamples=request.resamples)
     repeats = [
@@ -191,7 +196,7 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
         for scorer in request.scorers
         if scorer == "logistic" or not features.sparse
     ]
-    best = _best(scores)
+    best, precise = _best(scores, "roc_auc"), _best(scores, "average_precision")
     by_name = {features.name: features for features in choices}
     with console.status("shuffling labels, and learning from fewer entities"):
         shuffled = shuffled_aucs(task, by_name[EMBEDDING], threads=request.threads)
@@ -213,12 +218,14 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
                 theirs=theirs.features,
                 roc_auc=judge.difference(ours.predictions, theirs.predictions, weighted_auc),
                 average_precision=judge.difference(
-                    ours.predictions, theirs.predictions, weighted_precision
+                    precise[ours.features].predictions,
+                    precise[theirs.features].predictions,
+                    weighted_precision,
                 ),
             )
-            for ours in best
+            for ours in best.values()
             if not ours.baseline
-            for theirs in best
+            for theirs in best.values()
             if theirs.baseline
         ),
         shuffled=shuffled,
@@ -339,13 +346,16 @@ def _score(
     )
 
 
-def _best(scores: Sequence[Score]) -> list[Score]:
+def _best(
+    scores: Sequence[Score], metric: Literal["roc_auc", "average_precision"]
+) -> dict[str, Score]:
+    """By choice of features, the scorer that suits it better."""
     best: dict[str, Score] = {}
     for score in scores:
         known = best.setdefault(score.features, score)
-        if score.roc_auc.mean > known.roc_auc.mean:
+        if getattr(score, metric).mean > getattr(known, metric).mean:
             best[score.features] = score
-    return list(best.values())
+    return best
 
 
 def shuffled_aucs(task: Task, features: Features, *, threads: int = 1) -> tuple[float, ...]:

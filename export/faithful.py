@@ -4,9 +4,10 @@ What can be judged without trusting a model: one line per event, in order, with 
 event's numbers. Names may be paraphrased; numbers and order may not change.
 """
 
+import html
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
@@ -30,12 +31,16 @@ class Judged(NamedTuple):
     reason: Reason | None
 
 
-def judge(lines: Sequence[str], answer: str, *, summary: bool = False) -> Judged:
+def judge(
+    lines: Sequence[str], answer: str, *, labels: Collection[str] = (), summary: bool = False
+) -> Judged:
     """Judge an answer by a chapter's lines.
 
-    Blank lines and code fences around are taken off. `summary` allows one line more, which may
-    repeat the chapter's numbers and must add none.
+    Blank lines and code fences around are taken off. `labels` are those of the columns: where one
+    holds a number, an answer may say it. `summary` allows one line more, which may repeat the
+    chapter's numbers and must add none.
     """
+    numbered = sorted((each for each in labels if _numbers(each)), key=len, reverse=True)
     rows = [row.strip() for row in answer.split("\n")]
     rows = [row for row in rows if row and not row.startswith(_FENCE)]
     if not rows:
@@ -44,7 +49,8 @@ def judge(lines: Sequence[str], answer: str, *, summary: bool = False) -> Judged
     if len(rows) != len(lines):
         return Judged("", "events")
     due = [_numbers(line.replace("\\,", ",")) for line in lines]
-    if any(_numbers(row) != numbers for row, numbers in zip(rows, due, strict=True)):
+    found = [_numbers(_without(numbered, html.unescape(row))) for row in rows]
+    if found != due:
         return Judged("", "numbers")
     if closing is not None and not set(_numbers(closing)) <= set().union(*due):
         return Judged("", "summary")
@@ -52,6 +58,12 @@ def judge(lines: Sequence[str], answer: str, *, summary: bool = False) -> Judged
         return Judged("", "unchanged")
     kept = rows if closing is None else [*rows, closing]
     return Judged("".join(f"{row}\n" for row in kept), None)
+
+
+def _without(labels: Sequence[str], text: str) -> str:
+    for label in labels:
+        text = text.replace(label, "")
+    return text
 
 
 def _numbers(text: str) -> Counter[Decimal]:

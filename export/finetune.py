@@ -109,7 +109,8 @@ def train(
         begun = _newest_whole(checkpoints)
         if begun is not None:
             console.print(f"going on from {Path(begun).name}")
-        trainer.train(resume_from_checkpoint=begun)
+        if begun is None or not _taken_up(trainer, begun):
+            trainer.train(resume_from_checkpoint=begun)
     _undress(model, trained_model, trainer, recipe)
     curve = tuple(_looks(trainer.state.log_history))
     losses = [look.train_loss for look in curve if look.train_loss is not None]
@@ -144,6 +145,20 @@ def _newest_whole(checkpoints: Path) -> str | None:
     return None
 
 
+def _taken_up(trainer: Trainer, checkpoint: str) -> bool:
+    """Take the weights of a training that had come to its end, where the checkpoint is of one.
+
+    The Trainer would go on for a step more, for it looks at the end of a step alone.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        return False
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or checkpoint)  # noqa: SLF001 - what `train` calls
+    trainer.state = state
+    return True
+
+
 def _refuse_absent(tracker: str | None) -> None:
     if tracker is not None and find_spec(tracker) is None:
         raise ConfigError(
@@ -168,6 +183,7 @@ def _arguments(
         warmup_ratio=recipe.warmup_share,
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.beta2,
+        adam_epsilon=recipe.epsilon,
         max_grad_norm=recipe.max_grad_norm,
         bf16=uses_bf16(recipe.precision),
         use_cpu=not gpu,
@@ -234,6 +250,7 @@ def _undress(
         model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
     model.eval()
+    model.cpu()  # where it is exported and compared; training may have been on a GPU
 
 
 def _looks(history: Sequence[dict[str, float]]) -> Iterator[Step]:
@@ -266,7 +283,7 @@ def mean_nats(
     return total / tokens
 
 
-class _Chapters(Dataset[dict[str, list[int]]]):
+class _Chapters(Dataset[dict[str, NDArray[np.int64]]]):
     """Header and chapter as `input_ids`; `labels` leave the header out of the loss.
 
     `logs` are each a header (H,) and the chapters behind it, `bare` ids (T,) that stand alone,
@@ -279,21 +296,20 @@ class _Chapters(Dataset[dict[str, list[int]]]):
         *,
         bare: Sequence[NDArray[np.int64]] = (),
     ) -> None:
-        self._items: list[dict[str, list[int]]] = [
-            {
-                "input_ids": [*header.tolist(), *chapter.tokens.ids.tolist()],
-                "labels": [*([_IGNORED] * len(header)), *chapter.tokens.ids.tolist()],
-            }
-            for header, chapters in logs
-            for chapter in chapters
+        self._items = [
+            (header, chapter.tokens.ids) for header, chapters in logs for chapter in chapters
         ]
-        self._items += [{"input_ids": text.tolist(), "labels": text.tolist()} for text in bare]
+        self._items += [(np.zeros(0, dtype=np.int64), text) for text in bare]
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self._items[index]
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        header, ids = self._items[index]
+        return {
+            "input_ids": np.concatenate([header, ids]),
+            "labels": np.concatenate([np.full(len(header), _IGNORED), ids]),
+        }
 
 
 class _Collator:
@@ -303,7 +319,7 @@ class _Collator:
         self._pad_id = pad_id
         self.tokens = 0
 
-    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, torch.Tensor]:
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         self.tokens += int(lengths.sum())
         return {
@@ -379,11 +395,11 @@ class _Bar(TrainerCallback):
         self._progress.stop()
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+def _pad(rows: Sequence[NDArray[np.int64]], value: int) -> torch.Tensor:
     """Ragged rows to (B, L) int64, padded on the right."""
     padded = torch.full((len(rows), max(map(len, rows))), value)
     for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row)
+        padded[index, : len(row)] = torch.from_numpy(row)
     return padded
 
 

@@ -75,6 +75,7 @@ class Training(FrozenModel):
     warmup_share: float = Field(default=0.05, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
     beta2: float = Field(default=0.95, gt=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     held_out_share: float = Field(default=0.15, gt=0, lt=1)  # of the entities
     before: datetime | None = None  # events from here on are not learnt from; UTC without a zone
@@ -123,6 +124,7 @@ class Recipe(FrozenModel):
     model: str | None = None  # hub id, folder or .gguf file; none: from scratch, of `shape`
     shape: Shape | Literal["micro", "tiny", "small", "base"] = "micro"
     start: Literal["svd", "random"] = "svd"  # of a new model's token embeddings
+    why: str | None = None  # these choices, for whoever reads the bundle's manifest
 
     @model_validator(mode="after")
     def _adapters_need_a_model(self) -> Self:

@@ -162,6 +162,7 @@ class Manifest(FrozenModel):
     training: Training
     pooling: Pooling
     surprise: SurpriseSpec | None
+    why: str | None = Field(default=None, exclude_if=lambda why: why is None)  # these choices
     projected: bool = False  # arrays projection.mean (n,) and projection.matrix (n, dim)
     hidden_size: int
     dim: int

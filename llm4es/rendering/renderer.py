@@ -149,6 +149,11 @@ class Renderer:
         return self._format.header(self._schema.name, heads)
 
     @property
+    def labels(self) -> frozenset[str]:
+        """Words of the columns of all types, as they are before a format escapes them."""
+        return frozenset(label for plan in self._plans.values() for label in plan.labels)
+
+    @property
     def terminator(self) -> str:
         """What every line ends in."""
         return self._format.terminator
@@ -269,6 +274,7 @@ class Renderer:
         if self._several:
             word = form.word(kind.label or event_type)
             columns.insert(0, _Column("type", "type", lambda _event, _before: word))
+        _refuse_one_name_twice(event_type, [column.name for column in columns])
         if form.keyed:
             _refuse_one_label_twice(event_type, [column.label for column in columns], self._spec)
         prepared = tuple(
@@ -382,6 +388,16 @@ def _refuse_strange_spells(schema: EventSchema, spec: RenderingSpec) -> None:
 
 def _name(schema: EventSchema, event_type: str) -> str:
     return schema.types[event_type].label or event_type
+
+
+def _refuse_one_name_twice(event_type: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            "rendering",
+            f"two columns of {event_type!r} are named {twice[0]!r}",
+            "give the field another name, or leave the other column out",
+        )
 
 
 def _refuse_one_label_twice(event_type: str, labels: Sequence[str], spec: RenderingSpec) -> None:

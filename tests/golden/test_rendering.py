@@ -126,6 +126,12 @@ def test_a_spell_of_no_type_or_no_length_is_refused() -> None:
         RenderingSpec(spells={"login": timedelta(0)})
 
 
+def test_two_columns_of_one_name_are_refused_in_every_format() -> None:
+    hour = SCHEMA_YAML.replace("device: {kind: category}", "hour: {kind: category}")
+    with pytest.raises(ConfigError, match="two columns of 'login' are named 'hour'"):
+        Renderer(load_schema(hour), RenderingSpec(time=("hour",)))
+
+
 def test_the_hash_of_a_rendering_without_spells_is_what_it_was_before_there_were_any() -> None:
     assert b"spells" not in canonical_json(RenderingSpec())
     choices: list[dict[str, Any]] = [{}, *({"spells": {"login": f"P{days}D"}} for days in (1, 2))]

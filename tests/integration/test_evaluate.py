@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from export.embed import AsOf, Embeddings, embed_as_of
-from export.evaluate import Evaluated, Request, evaluate, shuffled_aucs, summary
+from export.evaluate import Evaluated, Request, View, evaluate, shuffled_aucs, summary
 from export.insight import measure_cost, shaded_history
 from export.labels import LabelColumns, read_task
 from export.leaks import refuse_early_knowledge
@@ -178,6 +178,13 @@ def test_the_command_judges_users_on_fixed_and_reshuffled_folds(
     refused = run(arguments)
     assert refused.returncode == 2
     assert "has no column 'label'" in refused.stderr
+
+
+def test_two_views_of_one_entity_are_refused(sample: Sample, bundle_folder: Path) -> None:
+    view = View(bundle_folder, sample.events)
+    wanted = replace(request(sample, bundle_folder), beside=(view, view))
+    with pytest.raises(ConfigError, match="two bundles are of one entity"):
+        evaluate(wanted, QUIET)
 
 
 def test_a_split_by_time_is_not_reshuffled(sample: Sample, bundle_folder: Path) -> None:

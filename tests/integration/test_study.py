@@ -98,7 +98,7 @@ def test_texts_of_another_rendering_or_of_who_is_held_out_are_refused(
     other = recipe.model_copy(
         update={"rendering": recipe.rendering.model_copy(update={"time": ()})}
     )
-    with pytest.raises(ConfigError, match="another rendering"):
+    with pytest.raises(ConfigError, match="another schema or rendering"):
         build(sample, other, tmp_path / "other", enriched)
     first = json.loads(enriched.read_text().splitlines()[0])
     with pytest.raises(ConfigError, match="must not know"):

@@ -1,5 +1,6 @@
 """Recipes end to end: what is learnt is what is served, and a kill costs little."""
 
+import io
 import json
 import math
 import random
@@ -71,7 +72,7 @@ def test_a_training_that_was_killed_goes_on_and_ends_like_one_that_was_not(
     recipe = write_recipe(tmp_path / "recipe.yaml", {})
     whole = built(sample, recipe, tmp_path / "whole")
     out = tmp_path / "killed"
-    moment = random.Random(7).choice(range(10, 50, 10))
+    moment = random.choice(range(10, 50, 10))
     with Background(tmp_path / "first", command(sample, recipe, out)) as first:
         deadline = time.monotonic() + 120
         while not list(
@@ -92,6 +93,39 @@ def test_a_training_that_was_killed_goes_on_and_ends_like_one_that_was_not(
     assert resumed["steps"] == whole["steps"]
     assert resumed["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=0.01)
     assert not list(tmp_path.glob(".killed-*")), "what a training kept is gone with its end"
+
+
+@pytest.mark.parametrize("label", ["payment", "purchase"])
+def test_a_training_that_had_ended_is_not_gone_on_with_and_another_schema_begins_anew(
+    sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    schema = tmp_path / "schema.yaml"
+    shutil.copyfile(sample.schema, schema)
+    recipe = write_recipe(tmp_path / "recipe.yaml", {"training": {"steps": 13, "save_steps": 20}})
+    told = io.StringIO()
+
+    def build(name: str) -> Bundle:
+        wanted = Request(
+            events=sample.events,
+            schema=schema,
+            entity="customer",
+            out=tmp_path / name,
+            recipe=load_recipe(str(recipe)),
+        )
+        return build_bundle(wanted, Console(file=told)).bundle
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("export.build.export_bundled", die)
+        with pytest.raises(KeyboardInterrupt):
+            build("cut")
+    schema.write_text(schema.read_text().replace("label: payment", f"label: {label}", 1))
+    cut, whole = build("cut"), build("whole")
+    assert ("going on from checkpoint-13" in told.getvalue()) == (label == "payment")
+    assert cut.manifest.training == whole.manifest.training
+    assert cut.id == whole.id
 
 
 def tear_another(checkpoint: Path) -> None:

@@ -1,20 +1,24 @@
 """Enrichment without a model: what counts as faithful, what an answer is kept by, what is asked."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import export.datasets
 from export.chapter_texts import ChapterText
 from export.enrich import AnswerCache, Prompts, load_prompts
 from export.faithful import judge
 from export.paraphrasers import Endpoint, Sampling
 from llm4es.errors import ConfigError
-from llm4es.rendering import FormatName, Renderer, RenderingSpec
+from llm4es.rendering import FormatName, Renderer, RenderingSpec, TimeColumn
+from llm4es.schema import load_schema
 from tests.histories import START, event, schema
 
+DATASETS = Path(export.datasets.__file__).parent
 LINES = ["payment, -, 12h, 9.99, groceries\n", "payment, 1m, 12h, -20.00, books\n"]
 TRUE = "Paid 9.99 for groceries at 12h.\nPaid -20 for books at 12h, 1 minute later.\n"
 
@@ -78,7 +82,10 @@ def test_every_format_of_our_own_is_a_faithful_paraphrase(
     format_name: FormatName, amounts: list[int]
 ) -> None:
     told = rendered(amounts, format_name)
-    assert judge(rendered(amounts, "table"), "".join(told)) == ("".join(told), None)
+    labels = renderer(format_name).labels
+    assert any("log10" in label for label in labels)
+    kept = judge(rendered(amounts, "table"), "".join(told), labels=labels)
+    assert kept == ("".join(told), None)
 
 
 @given(amounts=AMOUNTS, data=st.data())
@@ -90,13 +97,30 @@ def test_any_other_amount_is_seen(amounts: list[int], data: st.DataObject) -> No
     assert judge(rendered(amounts, "table"), answer).reason == "numbers"
 
 
+def renderer(format_name: FormatName) -> Renderer:
+    spec = RenderingSpec(format=format_name, time=get_args(TimeColumn), ratios=("amount",))
+    return Renderer(schema(), spec)
+
+
 def rendered(amounts: Sequence[int], format_name: FormatName) -> list[str]:
-    renderer = Renderer(schema(), RenderingSpec(format=format_name, time=("gap", "date")))
     events = [
-        event(90 * at, fields={"amount": amount, "goods": "g1", "note": None})
+        event(90 * at, fields={"amount": amount, "goods": "a+b & c", "note": "one\ntwo"})
         for at, amount in enumerate(amounts)
     ]
-    return [line.text for line in renderer.lines(events)]
+    return [line.text for line in renderer(format_name).lines(events)]
+
+
+def test_a_number_of_a_label_is_no_number_of_an_event() -> None:
+    answer = TRUE.replace("12h", "12h (log10)")
+    assert judge(LINES, answer, labels=("in log10",)).reason == "numbers"
+    assert judge(LINES, answer, labels=("log10",)).reason is None
+    assert judge(LINES, TRUE.replace("9.99", "10"), labels=("log10",)).reason == "numbers"
+
+
+def test_every_data_set_has_a_prompt_of_its_own() -> None:
+    names = {load_schema(path).name for path in DATASETS.glob("*.yaml") if path.stem != "mcc"}
+    assert len(names) > 8
+    assert names <= set(load_prompts().logs)
 
 
 def test_an_answer_is_kept_by_model_sampling_and_prompt() -> None:
@@ -150,5 +174,6 @@ def chapter_text() -> ChapterText:
         events=(),
         header="payment: since previous|hour|amount|goods\n",
         lines=tuple(LINES),
+        labels=frozenset({"since previous", "hour", "amount", "goods"}),
         rendering_sha256="f" * 64,
     )

@@ -12,7 +12,7 @@ from export.models import BEGIN, train_tokenizer
 from llm4es.bundle import Bundle
 from llm4es.events import Event, TopicPartition
 from llm4es.rendering import Renderer, RenderingSpec
-from llm4es.schema import load_schema
+from llm4es.schema import EventSchema, NumberField, load_schema
 from llm4es.testing import modelless_bundle
 from llm4es.tokens import ChapterTokenizer
 from llm4es.windows import Window, WindowPolicy, cut_chapters
@@ -21,7 +21,6 @@ from stream_worker.sources.files import FileLog, FileRecordSource
 from tests.unit.test_datasets import OFFICIAL, made
 
 POLICY = WindowPolicy(chapter_events=4, max_chapter_tokens=160)
-RENDERING = RenderingSpec(time=("gap", "hour"))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -31,10 +30,11 @@ def test_the_text_and_ids_that_train_are_those_that_are_served(name: str, tmp_pa
         suffix = schema_file.stem.removeprefix("schema")
         log_file = folder / f"events{suffix}.parquet"
         schema = load_schema(schema_file)
+        rendering = every_column(schema)
         for entity in schema.entities:
             log = read_log(log_file, schema, entity=entity)
             buckets = learn_buckets(schema, log.histories.values())
-            renderer = Renderer(schema, RENDERING, buckets)
+            renderer = Renderer(schema, rendering, buckets)
             tokenizer = train_tokenizer(
                 (text for history in log.histories.values() for text in texts(renderer, history)),
                 renderer.header,
@@ -47,10 +47,11 @@ def test_the_text_and_ids_that_train_are_those_that_are_served(name: str, tmp_pa
                 trained.setdefault(chapter.entity_id, []).append(chapter.tokens.ids.tolist())
 
             # As a worker has it: everything read again, from what a bundle holds.
-            served = Renderer(load_schema(schema_file), RENDERING, dict(buckets))
+            read = RenderingSpec.model_validate_json(rendering.model_dump_json())
+            served = Renderer(load_schema(schema_file), read, dict(buckets))
             bundle = replace(
                 modelless_bundle(
-                    schema, entity=entity, window=POLICY, rendering=RENDERING, arrays=buckets
+                    schema, entity=entity, window=POLICY, rendering=read, arrays=buckets
                 ),
                 tokens=ChapterTokenizer(served, tokenizer, tokenizer.token_to_id(BEGIN)),
             )
@@ -69,6 +70,21 @@ def test_the_text_and_ids_that_train_are_those_that_are_served(name: str, tmp_pa
                     texts(renderer, chapter.events)
                     for chapter in cut_chapters(fits, POLICY, tokens.measure)
                 ]
+
+
+def every_column(schema: EventSchema) -> RenderingSpec:
+    """All that looks back within a chapter: gaps, ratios of each number, spells of each type."""
+    numbers = {
+        name
+        for kind in schema.types.values()
+        for name, field in kind.fields.items()
+        if isinstance(field, NumberField)
+    }
+    return RenderingSpec(
+        time=("gap", "hour"),
+        ratios=tuple(sorted(numbers)),
+        spells=dict.fromkeys(schema.types, timedelta(days=1)),
+    )
 
 
 def texts(renderer: Renderer, events: Sequence[Event]) -> list[str]:
