@@ -161,11 +161,13 @@ def test_a_projection_is_learnt_on_training_entities_and_whitens_them(
 ) -> None:
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
-        {"training": {"steps": 5}, "projection": {"dim": 8, "whiten": True}},
+        {"training": {"steps": 5}, "projection": {"dim": 8, "whiten": True}, "why": "eight do"},
     )
     facts = built(sample, recipe, tmp_path / "projected")
     bundle = load_bundle(tmp_path / "projected")
     assert facts["dim"] == bundle.manifest.dim == 8
+    assert bundle.manifest.why == "eight do"
+    assert "| why so | eight do |" in (tmp_path / "projected/README.md").read_text()
     vectors = newest(bundle, histories(bundle, sample))
     assert vectors.shape[1] == 8
     # Held-out customers are among them, so about one.
