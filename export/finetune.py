@@ -1,6 +1,7 @@
 """Training: next-token prediction on chapters, by Hugging Face's Trainer."""
 
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class Trained:
     epochs: float
     train_loss: float  # mean of the newest looks
     curve: tuple[Step, ...]
+    seconds: float
 
 
 def train(
@@ -106,11 +108,13 @@ def train(
         trainer.remove_callback(PrinterCallback)  # it talks on stdout, which is for results
         if judged and recipe.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+        started = time.monotonic()
         begun = _newest_whole(checkpoints)
         if begun is not None:
             console.print(f"going on from {Path(begun).name}")
         if begun is None or not _taken_up(trainer, begun):
             trainer.train(resume_from_checkpoint=begun)
+        seconds = time.monotonic() - started
     _undress(model, trained_model, trainer, recipe)
     curve = tuple(_looks(trainer.state.log_history))
     losses = [look.train_loss for look in curve if look.train_loss is not None]
@@ -123,6 +127,7 @@ def train(
         epochs=float(trainer.state.epoch or 0.0),
         train_loss=train_loss,
         curve=curve,
+        seconds=seconds,
     )
 
 

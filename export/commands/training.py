@@ -193,6 +193,7 @@ def _print(built: "Built", *, as_json: bool) -> None:
         "dim": manifest.dim,
         "surprise_columns": len(built.surprise_columns),
         "parity": dict(manifest.parity),
+        "training_seconds": round(built.trained.seconds, 1),
         "seconds": round(built.seconds, 1),
     }
     if as_json:
