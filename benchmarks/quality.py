@@ -42,9 +42,9 @@ REPEATS = 5
 _RESAMPLES = 200
 BOTH = f"{EMBEDDING} + {SURPRISE}"
 ALL_THREE = f"{BOTH} + {AGGREGATES}"
+TERMINAL = "terminal view"
 # The customer's embedding beside it did worse on the last fifth of the training period too: its
 # thousands of columns say little of a terminal.
-TERMINAL = "terminal view"
 TWO_VIEWS = f"{SURPRISE} + {TERMINAL}"
 
 console = Console(stderr=True)
@@ -194,14 +194,8 @@ def fraud(places: Places) -> dict[str, float]:
     """Fraud Detection Handbook: accounts by week, and single transactions, lite rows."""
     folder = places.prepared("fraud-handbook", "fdh")
     bundle = places.built("fraud", folder, "customer", load_recipe("handbook"))
-    terminals = places.built(
-        "terminal",
-        folder,
-        "terminal",
-        load_recipe("handbook-terminal"),
-        suffix="_terminal",
-    )
-
+    recipe = load_recipe("handbook-terminal")
+    terminals = places.built("terminal", folder, "terminal", recipe, suffix="_terminal")
     view = View(terminals, folder / "events_terminal.parquet")
     transactions = folder / "labels_tx.parquet"
     remembered = Remembered()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.chapter_texts import text_sha256
 from export.corpus import (
     OtherCorpus,
     cut_corpus,
@@ -39,7 +40,7 @@ class OtherLog:
 
     renderer: Renderer
     histories: dict[str, tuple[Event, ...]]
-    sha256: str  # of its files, its entity, its schema and its rendering
+    sha256: str  # of its files, its entity and its text
 
     def lines(self, policy: WindowPolicy) -> Iterator[str]:
         """Lines for a tokenizer, the header as common as they are."""
@@ -68,5 +69,5 @@ def read_other(place: LogPlace, recipe: Recipe) -> OtherLog:
     return OtherLog(
         renderer=renderer,
         histories=histories,
-        sha256=f"{log.sha256}:{place.entity}:{schema.sha256}:{renderer.sha256}",
+        sha256=f"{log.sha256}:{place.entity}:{text_sha256(schema, renderer)}",
     )

@@ -221,7 +221,7 @@ def _read(request: Request) -> _Material:
 
 def _workplace(request: Request, material: _Material) -> Path:
     """Where this run, and no other, keeps what a kill would cost; gone with its end."""
-    text = material.schema.sha256 + material.renderer.sha256
+    text = text_sha256(material.schema, material.renderer)
     told = request.recipe.model_dump_json() + _data_sha256(material) + text
     digest = hashlib.sha256(f"{request.entity}:{told}".encode()).hexdigest()[:12]
     return request.out.parent / f".{request.out.name}-training-{digest}"

@@ -59,8 +59,8 @@ def read_enriched(
 ) -> EnrichedTexts:
     """Read the JSONL that `enrich` wrote for the same schema and rendering (`text_sha256`).
 
-    Raises ConfigError for a file that is none, for one made of another rendering, and for texts
-    of entities or times that training must not know.
+    Raises ConfigError for a file that is none, for one made of another schema or rendering, and for
+    texts of entities or times that training must not know.
     """
     texts = []
     try:

@@ -5,7 +5,7 @@ baseline by a bootstrap over entities. Features that know what came after a labe
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ from export.scoring import (
     Features,
     Interval,
     Judge,
+    Metric,
     ScorerName,
     predict,
     weighted_auc,
@@ -60,6 +61,7 @@ __all__ = [
     "summary",
 ]
 
+_By = Literal["auc", "ap"]  # ROC-AUC, average precision
 _SHUFFLES = 5
 _SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # of the training entities
 
@@ -148,12 +150,9 @@ class Evaluated:
     sizes: Mapping[str, tuple[tuple[int, float], ...]]  # training entities -> ROC-AUC
     seconds: float
 
-    def best(self, features: str, *, by: Literal["auc", "ap"] = "auc") -> Score:
+    def best(self, features: str, *, by: _By = "auc") -> Score:
         """Give the better scorer's result for a choice of features, by ROC-AUC or precision."""
-        return max(
-            (score for score in self.scores if score.features == features),
-            key=lambda score: (score.roc_auc if by == "auc" else score.average_precision).mean,
-        )
+        return _best(self.scores, features, by)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -196,7 +195,6 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
         for scorer in request.scorers
         if scorer == "logistic" or not features.sparse
     ]
-    best, precise = _best(scores, "roc_auc"), _best(scores, "average_precision")
     by_name = {features.name: features for features in choices}
     with console.status("shuffling labels, and learning from fewer entities"):
         shuffled = shuffled_aucs(task, by_name[EMBEDDING], threads=request.threads)
@@ -212,22 +210,7 @@ def evaluate(request: Request, console: Console, *, embed: Embed = embed_as_of) 
         embeddings=found,
         terms=terms,
         scores=tuple(scores),
-        comparisons=tuple(
-            Comparison(
-                ours=ours.features,
-                theirs=theirs.features,
-                roc_auc=judge.difference(ours.predictions, theirs.predictions, weighted_auc),
-                average_precision=judge.difference(
-                    precise[ours.features].predictions,
-                    precise[theirs.features].predictions,
-                    weighted_precision,
-                ),
-            )
-            for ours in best.values()
-            if not ours.baseline
-            for theirs in best.values()
-            if theirs.baseline
-        ),
+        comparisons=tuple(_compared(scores, judge)),
         shuffled=shuffled,
         sizes=sizes,
         seconds=time.monotonic() - started,
@@ -346,16 +329,30 @@ def _score(
     )
 
 
-def _best(
-    scores: Sequence[Score], metric: Literal["roc_auc", "average_precision"]
-) -> dict[str, Score]:
-    """By choice of features, the scorer that suits it better."""
-    best: dict[str, Score] = {}
-    for score in scores:
-        known = best.setdefault(score.features, score)
-        if getattr(score, metric).mean > getattr(known, metric).mean:
-            best[score.features] = score
-    return best
+def _compared(scores: Sequence[Score], judge: Judge) -> Iterator[Comparison]:
+    """Each of ours against each baseline, on the same draws."""
+    ours = dict.fromkeys(score.features for score in scores if not score.baseline)
+    theirs = dict.fromkeys(score.features for score in scores if score.baseline)
+
+    def difference(one: str, other: str, by: _By, metric: Metric) -> Interval:
+        first, second = (_best(scores, features, by).predictions for features in (one, other))
+        return judge.difference(first, second, metric)
+
+    for one in ours:
+        for other in theirs:
+            yield Comparison(
+                ours=one,
+                theirs=other,
+                roc_auc=difference(one, other, "auc", weighted_auc),
+                average_precision=difference(one, other, "ap", weighted_precision),
+            )
+
+
+def _best(scores: Sequence[Score], features: str, by: _By) -> Score:
+    return max(
+        (score for score in scores if score.features == features),
+        key=lambda score: (score.roc_auc if by == "auc" else score.average_precision).mean,
+    )
 
 
 def shuffled_aucs(task: Task, features: Features, *, threads: int = 1) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ __all__ = [
     "Features",
     "Interval",
     "Judge",
+    "Metric",
     "ScorerName",
     "predict",
     "weighted_auc",

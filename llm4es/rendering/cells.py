@@ -1,14 +1,13 @@
 """Cells: how one column of an event is written, prepared once per event type."""
 
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm4es.events import Event, FieldValue
+from llm4es.rendering.before import Before, positive
 from llm4es.rendering.formats import Format
 from llm4es.rendering.words import (
     NOTHING_BEFORE,
@@ -22,10 +21,8 @@ from llm4es.schema import CategoriesField, CategoryField, FieldSpec, FlagField, 
 
 __all__ = [
     "CACHED_WORDS",
-    "Before",
     "Cell",
     "field_cell",
-    "positive",
     "ratio_cell",
     "spell_cell",
     "time_cell",
@@ -34,21 +31,7 @@ __all__ = [
 CACHED_WORDS = 8192
 
 
-class Before(NamedTuple):
-    """What the chapter's earlier events say to a line."""
-
-    previous: datetime | None
-    medians: Mapping[str, float | None]  # by field: of the earlier values of the type
-    spells: Mapping[str, datetime]  # by type: when its newest spell began, with this very event
-
-
 Cell = Callable[[Event, Before], str]
-
-
-def positive(event: Event, name: str) -> float | None:
-    """A number field's value where it is above 0: what ratios are taken of."""
-    value = event.fields.get(name)
-    return value if isinstance(value, int | float) and value > 0 else None
 
 
 def time_cell(column: TimeColumn, form: Format) -> Cell:

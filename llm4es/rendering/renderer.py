@@ -4,9 +4,8 @@ import hashlib
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
-from statistics import median
 from typing import Annotated, NamedTuple, Self
 
 import numpy as np
@@ -15,12 +14,11 @@ from pydantic import Field, model_validator
 
 from llm4es.errors import ConfigError
 from llm4es.events import Event
+from llm4es.rendering.before import Before, Spells, middle, past_median, positive
 from llm4es.rendering.cells import (
     CACHED_WORDS,
-    Before,
     Cell,
     field_cell,
-    positive,
     ratio_cell,
     spell_cell,
     time_cell,
@@ -134,8 +132,14 @@ class Renderer:
         # Most words come again and again.
         self._format = replace(form, word=lru_cache(CACHED_WORDS)(form.word))
         self._edges = _edges(schema, learnt or {})
-        _refuse_strange_ratios(schema, spec)
-        _refuse_strange_spells(schema, spec)
+        numbers = {
+            name
+            for kind in schema.types.values()
+            for name, field in kind.fields.items()
+            if isinstance(field, NumberField)
+        }
+        _refuse_strange("ratios", spec.ratios, numbers, "number field")
+        _refuse_strange("spells", spec.spells, schema.types, "event type")
         self._several = len(schema.types) > 1
         self._plans = {name: self._plan(name, kind) for name, kind in schema.types.items()}
 
@@ -215,10 +219,10 @@ class Renderer:
         past: dict[str, dict[str, list[float]]] = {
             kind: {name: [] for name in plan.ratios} for kind, plan in self._plans.items()
         }
-        spells = _Spells(self._spec.spells)
+        spells = Spells(self._spec.spells)
         for event in events:
             values = past[event.type]
-            medians = {name: _middle(values[name]) for name in values}
+            medians = {name: middle(values[name]) for name in values}
             spells.see(event)
             before = Before(previous, medians, spells.begun)
             lines.append(self._write(self._plans[event.type], event, before))
@@ -229,13 +233,13 @@ class Renderer:
         return lines
 
     def _before(self, plan: _Plan, event: Event, earlier: Sequence[Event]) -> Before:
-        spells = _Spells(self._spec.spells)
+        spells = Spells(self._spec.spells)
         if self._spec.spells:
             for each in (*earlier, event):
                 spells.see(each)
         return Before(
             previous=earlier[-1].occurred_at if earlier else None,
-            medians={name: _median(_past(earlier, event.type, name)) for name in plan.ratios},
+            medians={name: past_median(earlier, event.type, name) for name in plan.ratios},
             spells=spells.begun,
         )
 
@@ -266,10 +270,9 @@ class Renderer:
             _Column(f"{name}_ratio", f"{name} over median so far", ratio_cell(name, form))
             for name in ratios
         ]
-        columns += [
-            _Column(f"{name}_spell", f"since first {_name(self._schema, name)} of a spell", cell)
-            for name, cell in ((name, spell_cell(name, form)) for name in self._spec.spells)
-        ]
+        for name in self._spec.spells:
+            label = f"since first {self._schema.types[name].label or name} of a spell"
+            columns.append(_Column(f"{name}_spell", label, spell_cell(name, form)))
         labels = tuple(column.label for column in columns)
         if self._several:
             word = form.word(kind.label or event_type)
@@ -292,24 +295,6 @@ class Renderer:
             + _LONGEST_SHORT * len(columns),
             fields=tuple(name for name, field in kind.fields.items() if field.render),
         )
-
-
-class _Spells:
-    """When the newest spell of each type began."""
-
-    def __init__(self, pauses: Mapping[str, timedelta]) -> None:
-        self.begun: dict[str, datetime] = {}
-        self._pauses = pauses
-        self._last: dict[str, datetime] = {}
-
-    def see(self, event: Event) -> None:
-        """Go on to the chapter's next event."""
-        pause = self._pauses.get(event.type)
-        if pause is not None:
-            last = self._last.get(event.type)
-            if last is None or event.occurred_at - last > pause:
-                self.begun[event.type] = event.occurred_at
-            self._last[event.type] = event.occurred_at
 
 
 def bucket_name(event_type: str, field: str) -> str:
@@ -362,32 +347,12 @@ def _edges(
     return edges
 
 
-def _refuse_strange_ratios(schema: EventSchema, spec: RenderingSpec) -> None:
-    numbers = {
-        name
-        for kind in schema.types.values()
-        for name, field in kind.fields.items()
-        if isinstance(field, NumberField)
-    }
-    for name in spec.ratios:
-        if name not in numbers:
-            known = ", ".join(sorted(numbers))
-            raise ConfigError(
-                "rendering.ratios", f"{name!r} is no number field", f"choose from: {known}"
-            )
-
-
-def _refuse_strange_spells(schema: EventSchema, spec: RenderingSpec) -> None:
-    for name in spec.spells:
-        if name not in schema.types:
-            known = ", ".join(sorted(schema.types))
-            raise ConfigError(
-                "rendering.spells", f"{name!r} is no event type", f"choose from: {known}"
-            )
-
-
-def _name(schema: EventSchema, event_type: str) -> str:
-    return schema.types[event_type].label or event_type
+def _refuse_strange(column: str, names: Iterable[str], known: Iterable[str], what: str) -> None:
+    choices = sorted(known)
+    for name in names:
+        if name not in choices:
+            remedy = f"choose from: {', '.join(choices)}"
+            raise ConfigError(f"rendering.{column}", f"{name!r} is no {what}", remedy)
 
 
 def _refuse_one_name_twice(event_type: str, names: list[str]) -> None:
@@ -408,25 +373,3 @@ def _refuse_one_label_twice(event_type: str, labels: Sequence[str], spec: Render
             f"two columns of {event_type!r} are called {twice[0]!r} in {spec.format}",
             "give the field another label, or leave the time column out",
         )
-
-
-def _past(earlier: Sequence[Event], event_type: str, name: str) -> list[float]:
-    return [
-        value
-        for known in earlier
-        if known.type == event_type
-        and isinstance(value := known.fields.get(name), int | float)
-        and value > 0
-    ]
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
-
-
-def _middle(ordered: Sequence[float]) -> float | None:
-    """Median of values in order."""
-    if not ordered:
-        return None
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
